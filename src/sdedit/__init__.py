@@ -1,0 +1,34 @@
+"""Image-to-image with Stable Diffusion, as SDEdit describes it (Meng et al. 2021, arXiv 2108.01073).
+
+Names are imported on first use: `import sdedit` itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AutoencoderKL": "sdedit.models.vae",
+    "AutoencoderTiny": "sdedit.models.tiny_vae",
+    "StableDiffusionImg2ImgPipeline": "sdedit.pipeline",
+    "StableDiffusionPipelineOutput": "sdedit.output",
+    "StableDiffusionSafetyChecker": "sdedit.models.safety_checker",
+    "UNet2DConditionModel": "sdedit.models.unet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name.endswith("Scheduler"):
+        schedulers = importlib.import_module("sdedit.schedulers")
+        if name in schedulers.__all__:
+            return getattr(schedulers, name)
+    raise AttributeError(f"module 'sdedit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_NAMES, *importlib.import_module("sdedit.schedulers").__all__, "__version__"]

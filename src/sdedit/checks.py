@@ -1,0 +1,129 @@
+"""The door: what users pass to the pipeline is checked here, before any work; every error names the argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def number(name: str, value: Any, low: float, high: float | None = None) -> float:
+    """A finite number in [low, high], not a bool."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
+        span = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
+        raise ValueError(f"{name}={value!r}; expected a number {span}")
+    return float(value)
+
+
+def whole_number(name: str, value: Any, low: int) -> int:
+    """A whole number of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r}; expected a whole number of at least {low}")
+    return value
+
+
+def prompts(name: str, value: Any) -> list[str]:
+    """One prompt or several, as a list."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not values or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{name}={value!r:.80}; expected a string or a list of strings")
+    return list(values)
+
+
+def either(first: str, a: Any, second: str, b: Any) -> None:
+    """Exactly one of two arguments."""
+    if (a is None) == (b is None):
+        state = "both were given" if a is not None else "neither was given"
+        raise ValueError(f"{first} and {second}: {state}; expected one of the two")
+
+
+def embeds(name: str, value: Any, width: int) -> Tensor:
+    """Prompt embeds (B, M, width)."""
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != width:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: {got}; expected a tensor of shape (B, M, {width}), as encode_prompt gives")
+    return value
+
+
+def generators(value: Any, batch: int) -> None:
+    """`None`, one generator, or one for each image of the batch."""
+    many = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    for one in many:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"generator: {type(one).__name__}; expected torch.Generator, e.g. torch.Generator().manual_seed(0)")
+    if isinstance(value, (list, tuple)) and len(value) != batch:
+        raise ValueError(f"generator: {len(value)} generators for {batch} images; expected one, or one for each image")
+
+
+def adapter_arguments(cross_attention_kwargs: Any, ip_adapter: Mapping[str, Any]) -> None:
+    """What adapters would use."""
+    if cross_attention_kwargs is not None:
+        if not isinstance(cross_attention_kwargs, Mapping):
+            raise ValueError(f"cross_attention_kwargs={cross_attention_kwargs!r}; expected a dict such as {{'scale': 0.8}}")
+        if wrong := sorted(set(cross_attention_kwargs) - {"scale"}):
+            raise ValueError(f"cross_attention_kwargs has {', '.join(map(repr, wrong))}; expected only 'scale'")
+        if "scale" in cross_attention_kwargs:
+            number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"], float("-inf"))
+    for name, value in ip_adapter.items():
+        if value is not None:
+            raise ValueError(f"{name} was given, but no IP-Adapter is loaded; expected None")
+
+
+def callback(on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> list[str]:
+    """The tensors that the callback wants; a callback object may name its own."""
+    if on_step_end is not None and not callable(on_step_end):
+        raise ValueError(f"callback_on_step_end={on_step_end!r}; expected a function (pipe, step, timestep, tensors) -> dict")
+    names = getattr(on_step_end, "tensor_inputs", tensor_inputs)
+    if names is None:
+        return []
+    if isinstance(names, str) or not all(name in known for name in names):
+        raise ValueError(f"callback_on_step_end_tensor_inputs={names!r}; expected a list out of {list(known)}")
+    return list(names)
+
+
+def output_type(value: Any) -> None:
+    """One of the four."""
+    if value not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={value!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+
+
+def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
+    """A grid of one's own: one kind of it, of a kind that the scheduler takes."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("timesteps and sigmas: both were given; expected at most one of the two")
+    for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if value is None:
+            continue
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps")
+        if isinstance(value, str) or len(value) == 0:
+            raise ValueError(f"{name}={value!r}; expected a list of numbers that fall, at least one")
+        if any(not a > b for a, b in zip(value, value[1:], strict=False)):
+            raise ValueError(f"{name}={list(value)!r:.80}; expected numbers that fall from the noisiest to the cleanest")
+
+
+def batch_plan(images: int, prompts: int, per_prompt: int) -> tuple[list[int], list[int]]:
+    """Which image and which prompt each picture of the batch gets.
+
+    One image goes with all prompts, one prompt with all images, as many images as prompts pair up; each pair is drawn
+    `per_prompt` times, next to each other. As many images as pictures are taken as they are.
+    """
+    pictures = prompts * per_prompt
+    of_prompt = [p for p in range(prompts) for _ in range(per_prompt)]
+    if images == 1:
+        return [0] * pictures, of_prompt
+    if images == prompts:
+        return of_prompt, of_prompt
+    if images == pictures:
+        return list(range(images)), of_prompt
+    if prompts == 1:
+        return [i for i in range(images) for _ in range(per_prompt)], [0] * (images * per_prompt)
+    raise ValueError(
+        f"image and prompt: {images} images and {prompts} prompts; expected as many of both, or one of either"
+    )

@@ -1,0 +1,218 @@
+"""Images in and out: whatever people call an image becomes a float tensor in [-1, 1], and a tensor becomes what they asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+Array = np.ndarray[Any, Any]
+# What `image` may be, or a list of.
+ImageInput = Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]
+
+
+@dataclass
+class Images:
+    """A batch of images as the pipeline uses them.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [-1, 1], float32; latents (B, C, h, w) if `latent`.
+        alphas: For each image the alpha channel (H, W) in [0, 1] that it came with, or `None`.
+        latent: They are latents already, scaled as the UNet expects them.
+    """
+
+    pixels: Tensor
+    alphas: list[Tensor | None] = field(default_factory=list)
+    latent: bool = False
+
+
+def open_image(path: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """Open and decode an image file.
+
+    Args:
+        max_pixels: Larger images are refused before they are decoded; `None` allows any size.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image that Pillow reads, damaged, or too large.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image: {path} does not exist")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead, in check_size
+    try:
+        with Image.open(path) as image:
+            check_size(image.size, max_pixels)
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"image: {path} is not an image that can be read ({error})") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
+    """Refuse sides under 8 pixels and more than `max_pixels` pixels in all."""
+    width, height = size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"image: {width}×{height} pixels; expected at least {MIN_SIDE} on each side")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ValueError(
+            f"image: {width}×{height} is {width * height / 1e6:,.0f} megapixels; at most {max_pixels / 1e6:,.0f} are taken "
+            "unless you allow it: make it smaller, or set max_pixels (on the command line --max-megapixels)"
+        )
+
+
+def read_images(image: ImageInput, latent_channels: int, max_pixels: int | None = MAX_PIXELS) -> Images:
+    """Read what users pass as `image`.
+
+    Args:
+        image: One of these, or a list of one kind. PIL: any mode; EXIF orientation is applied. NumPy: (H, W),
+            (H, W, C) or (B, H, W, C), uint8 or float in [0, 1] or [-1, 1]. Tensor: (C, H, W) or (B, C, H, W) likewise.
+            C is 1 or 3; or 4 or 2 with alpha last (NumPy and PIL). A tensor of `latent_channels` other than 1 or 3
+            is taken as latents.
+        latent_channels: Channels of the VAE's latents.
+        max_pixels: Limit of one image; `None` for none.
+
+    Raises:
+        TypeError, ValueError: It is none of these, empty, of mixed sizes, out of range, not finite, or too large.
+    """
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not images:
+        raise ValueError("image: the list is empty; expected at least one image")
+    read = [part for one in images for part in _read_one(one, latent_channels, max_pixels)]
+    kinds = {latent for _, _, latent in read}
+    if len(kinds) > 1:
+        raise ValueError("image: the list mixes images and latents; expected one kind")
+    sizes = {tuple(pixels.shape[-2:]) for pixels, _, _ in read}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{w}×{h}" for h, w in sorted(sizes))
+        raise ValueError(f"image: the list has several sizes ({shown}, width×height); expected one: resize, or call once a size")
+    return Images(torch.stack([pixels for pixels, _, _ in read]), [alpha for _, alpha, _ in read], kinds.pop())
+
+
+def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> list[tuple[Tensor, Tensor | None, bool]]:
+    """(pixels (3, H, W) or latents, alpha, is latent) of a PIL image, or of each image of an array or tensor."""
+    if isinstance(image, Image.Image):
+        check_size(image.size, max_pixels)
+        array = pil_to_array(image)[None]
+    elif isinstance(image, Tensor):
+        batch = image.detach().cpu()[None] if image.ndim == 3 else image.detach().cpu()
+        if batch.ndim != 4:
+            raise ValueError(f"image: a tensor of shape {list(image.shape)}; expected (C, H, W) or (B, C, H, W)")
+        if batch.shape[1] == latent_channels and latent_channels not in (1, 3):
+            _check_finite(batch)
+            return [(latents, None, True) for latents in batch.float()]
+        if batch.shape[1] not in (1, 3):
+            raise ValueError(
+                f"image: a tensor with {batch.shape[1]} channels; expected 1 or 3, or {latent_channels} for latents"
+            )
+        array = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
+        array = array.transpose(0, 2, 3, 1)
+    elif isinstance(image, np.ndarray):
+        array = {2: image[None, ..., None] if image.ndim == 2 else image, 3: image[None], 4: image}.get(image.ndim, image)
+        if array.ndim != 4 or array.shape[-1] not in (1, 2, 3, 4):
+            raise ValueError(
+                f"image: an array of shape {list(image.shape)}; expected (H, W), (H, W, C) or (B, H, W, C) with C from 1 to 4"
+            )
+    else:
+        raise TypeError(
+            f"image: {type(image).__name__}; expected a PIL image, a NumPy array, a tensor, or a list of them "
+            "(open a file with sdedit.images.open_image)"
+        )
+    check_size((array.shape[2], array.shape[1]), max_pixels)
+    return [(*_composite(one), False) for one in _to_unit(array)]
+
+
+def pil_to_array(image: Image.Image) -> Array:
+    """A PIL image of any mode, upright, as (H, W, C) in [0, 1]; C is 3, or 4 if it has transparency."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # PIL would clip these to 8 bits. All of its 32-bit whole-number images come from 16-bit files.
+        grey = np.clip(np.asarray(image).astype(np.float32) / 65535, 0, 1)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    transparent = "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info
+    try:
+        image = image.convert("RGBA" if transparent else "RGB")
+    except ValueError as error:
+        raise ValueError(f"image: mode {image.mode} has no conversion to RGB ({error}): save it as PNG first") from error
+    return np.asarray(image).astype(np.float32) / 255
+
+
+def _to_unit(array: Array) -> Array:
+    """(B, H, W, C) of whole numbers, or of floats in [0, 1] or [-1, 1], to float32 in [0, 1]."""
+    if array.dtype == bool:
+        return array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.integer):
+        top = {"uint8": 255, "uint16": 65535}.get(array.dtype.name, 255)
+        if array.size and (array.min() < 0 or array.max() > top):
+            raise ValueError(f"image: whole numbers from {array.min()} to {array.max()}; expected 0 to {top}")
+        return array.astype(np.float32) / top
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"image: an array of {array.dtype}; expected uint8, uint16, bool or floating point")
+    array = array.astype(np.float32)
+    _check_finite(torch.from_numpy(array))
+    low, high = float(array.min()), float(array.max())
+    if low < -1.001 or high > 1.001:
+        raise ValueError(
+            f"image: values from {low:g} to {high:g}; expected floats in [0, 1] or [-1, 1] (divide by 255), or uint8"
+        )
+    return array / 2 + 0.5 if low < 0 else array
+
+
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ValueError("image: it holds NaN or infinite values; expected finite ones")
+
+
+def _composite(array: Array) -> tuple[Tensor, Tensor | None]:
+    """(H, W, C) in [0, 1] to (3, H, W) in [-1, 1] on white, and its alpha (H, W)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    alpha = None
+    if tensor.shape[0] in (2, 4):
+        tensor, alpha = tensor[:-1], tensor[-1]
+        tensor = tensor * alpha + (1 - alpha)
+    return tensor.expand(3, -1, -1) * 2 - 1, alpha
+
+
+def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
+    height, width = pixels.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    return F.pad(pixels, (0, right, 0, below), mode="replicate") if below or right else pixels
+
+
+def write_images(
+    pixels: Tensor, output_type: OutputType, alphas: Sequence[Tensor | None]
+) -> list[Image.Image] | Array | Tensor:
+    """Give pixels the form that `output_type` asks for; images that came with alpha get it back.
+
+    Args:
+        pixels: (B, 3, H, W) in [0, 1].
+        alphas: One an image; with one of them all arrays and tensors get a fourth channel.
+    """
+    if any(alpha is not None for alpha in alphas):
+        opaque = torch.ones(pixels.shape[-2:])
+        stacked = torch.stack([opaque if alpha is None else alpha for alpha in alphas])
+        pixels = torch.cat([pixels, stacked[:, None].to(pixels)], dim=1)
+    if output_type == "pt":
+        return pixels
+    array = pixels.float().cpu().permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return array
+    eight_bit = (array * 255).round().astype(np.uint8)
+    return [
+        Image.fromarray(one if alpha is not None else np.ascontiguousarray(one[..., :3]))
+        for one, alpha in zip(eight_bit, alphas, strict=True)
+    ]

@@ -1,0 +1,183 @@
+"""Attention: one function that computes it, one layer that projects for it, and the transformer that the UNet uses."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: bool = False) -> Tensor:
+    """softmax(Q·Kᵀ/√d)·V for every head: the one place of the package that computes attention.
+
+    Args:
+        query: (B, N, heads·d).
+        key, value: (B, M, heads·d).
+        upcast: Compute in float32 whatever the dtype (SD 2.x at 768 overflows float16 otherwise).
+
+    Returns:
+        (B, N, heads·d) in the dtype of `value`.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    if upcast:
+        q, k, v = q.float(), k.float(), v.float()
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+class Attention(nn.Module):
+    """Projections around `attention`: of x with itself, or of x with a context such as the text."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        *,
+        context_dim: int | None = None,
+        inner_dim: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        upcast_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = inner_dim or query_dim
+        if inner % heads:
+            raise ValueError(f"attention_head_dim: {inner} channels do not divide into {heads} heads")
+        self.heads, self.upcast = heads, upcast_attention
+        self.to_q = nn.Linear(query_dim, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, query_dim), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, N, query_dim), context (B, M, context_dim) or x itself → (B, N, query_dim)."""
+        context = x if context is None else context
+        out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, upcast=self.upcast)
+        return self.to_out[1](self.to_out[0](out))
+
+
+class SpatialAttention(Attention):
+    """Self-attention over the pixels of a feature map, with its norm and residual: the middle of the VAE."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half gates the other through GELU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, dim_out)."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, dim)."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward, each on a normed input and added to it."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        context_dim: int,
+        dropout: float = 0.0,
+        only_cross_attention: bool = False,
+        upcast_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.only_cross_attention = only_cross_attention
+        first = context_dim if only_cross_attention else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(
+            dim, heads, context_dim=first, dropout=dropout, upcast_attention=upcast_attention
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(
+            dim, heads, context_dim=context_dim, dropout=dropout, upcast_attention=upcast_attention
+        )
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, dim), context (B, M, context_dim) → (B, N, dim)."""
+        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the pixels of a feature map, between projections that are 1×1 convolutions or linear."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        depth: int,
+        context_dim: int,
+        groups: int = 32,
+        dropout: float = 0.0,
+        use_linear_projection: bool = False,
+        only_cross_attention: bool = False,
+        upcast_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.use_linear_projection = use_linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in: nn.Module
+        self.proj_out: nn.Module
+        if use_linear_projection:
+            self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        else:
+            self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                channels,
+                heads,
+                context_dim=context_dim,
+                dropout=dropout,
+                only_cross_attention=only_cross_attention,
+                upcast_attention=upcast_attention,
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, H, W), context (B, M, context_dim) → (B, C, H, W)."""
+        _B, _C, H, W = x.shape
+        h = self.norm(x)
+        if not self.use_linear_projection:
+            h = self.proj_in(h)
+        tokens = h.flatten(2).transpose(1, 2)
+        if self.use_linear_projection:
+            tokens = self.proj_in(tokens)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.use_linear_projection:
+            tokens = self.proj_out(tokens)
+        h = tokens.transpose(1, 2).unflatten(2, (H, W))
+        return x + (h if self.use_linear_projection else self.proj_out(h))

@@ -1,0 +1,83 @@
+"""What every network of the package has in common: a config, a dtype and a device, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sdedit.config import Configurable
+
+
+class Model(nn.Module, Configurable):
+    """A network whose constructor arguments are the keys of its `config.json`."""
+
+    weights_name = "diffusion_pytorch_model"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        **hub: Any,
+    ) -> Self:
+        """Load a network in evaluation mode from a folder or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: A folder with `config.json` and weights, or a model id on the hub.
+            subfolder: Folder inside it, such as `"unet"`.
+            torch_dtype: Dtype of the parameters; as stored if not given.
+            variant: Such as `"fp16"`, for `diffusion_pytorch_model.fp16.safetensors`.
+            use_safetensors: `True` never reads pickles, `False` reads only pickles; safetensors first if not given.
+            **hub: `revision`, `cache_dir`, `local_files_only`, `token`, `force_download`, as in huggingface_hub.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A file is damaged, or its names and shapes are not those of the network.
+        """
+        from sdedit.loading.pretrained import load_model
+
+        return load_model(
+            cls,
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            torch_dtype=torch_dtype,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            **hub,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write `config.json` and the weights, as one safetensors file, to a folder.
+
+        Raises:
+            ValueError: `safe_serialization=False`: pickles are read, never written.
+        """
+        from sdedit.loading.checkpoint import save_weights
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
+        self.save_config(save_directory)
+        save_weights(self.state_dict(), save_directory, self.weights_name, variant)

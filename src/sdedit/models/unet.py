@@ -1,0 +1,309 @@
+"""The denoising network of Stable Diffusion 1.x and 2.x: residual blocks and attention to the text, in a U."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdedit.models.attention import Transformer2DModel
+from sdedit.models.layers import (
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    activation,
+    timestep_embedding,
+)
+from sdedit.models.model import Model
+from sdedit.output import Output
+
+# Keys of published config.json files that mean another kind of model unless they have this value.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "num_class_embeds": (None,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+@dataclass
+class UNet2DConditionOutput(Output):
+    """What the UNet returns: `sample`, the prediction (B, out_channels, H, W)."""
+
+    sample: Tensor
+
+
+class _Block(nn.Module):
+    """Residual blocks, each with attention to the text after it (or none), and a resampling layer at the end."""
+
+    def __init__(
+        self,
+        channels: Sequence[tuple[int, int]],
+        *,
+        resnet: dict[str, Any],
+        transformer: dict[str, Any] | None,
+        downsamplers: nn.ModuleList | None = None,
+        upsamplers: nn.ModuleList | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(c_in, c_out, **resnet) for c_in, c_out in channels)
+        if transformer is not None:
+            self.attentions = nn.ModuleList(Transformer2DModel(c_out, **transformer) for _, c_out in channels)
+        self.has_attention = transformer is not None
+        self.downsamplers, self.upsamplers = downsamplers, upsamplers
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """The i-th residual block and its attention."""
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context) if self.has_attention else x
+
+
+class _MidBlock(nn.Module):
+    """Residual block, then attention and residual block as often as there are attentions."""
+
+    def __init__(self, channels: int, *, resnet: dict[str, Any], transformer: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([] if transformer is None else [Transformer2DModel(channels, **transformer)])
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, **resnet) for _ in range(2))
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, temb)
+        for attention in self.attentions:
+            x = attention(x, context)
+        return self.resnets[1](x, temb)
+
+
+class UNet2DConditionModel(Model):
+    """Predicts noise, velocity or the clean latents from noisy latents, the timestep and the text.
+
+    The arguments are the keys of a published `unet/config.json`. `attention_head_dim` is, for historical reasons, the
+    *number* of heads, one for all blocks or one a block. Keys that belong to other kinds of model (SDXL's
+    `addition_embed_type`, class conditioning, …) are accepted with the value that turns them off and refused otherwise.
+    """
+
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        center_input_sample: bool = False,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: tuple[str, ...] = (
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        mid_block_type: str | None = "UNetMidBlock2DCrossAttn",
+        up_block_types: tuple[str, ...] = (
+            "UpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+            "CrossAttnUpBlock2D",
+        ),
+        only_cross_attention: bool | Sequence[bool] = False,
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int | Sequence[int] = 2,
+        downsample_padding: int = 1,
+        mid_block_scale_factor: float = 1,
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 1280,
+        transformer_layers_per_block: int | Sequence[int] = 1,
+        attention_head_dim: int | Sequence[int] = 8,
+        num_attention_heads: int | Sequence[int] | None = None,
+        use_linear_projection: bool = False,
+        upcast_attention: bool = False,
+        time_cond_proj_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        depth = len(down_block_types)
+        heads = _per_block("attention_head_dim", num_attention_heads or attention_head_dim, depth)
+        layers = _per_block("layers_per_block", layers_per_block, depth)
+        transformers = _per_block("transformer_layers_per_block", transformer_layers_per_block, depth)
+        only_cross = _per_block("only_cross_attention", only_cross_attention, depth)
+        channels = _per_block("block_out_channels", block_out_channels, depth)
+        _per_block("up_block_types", up_block_types, depth)
+        temb_channels = 4 * channels[0]
+        resnet = {
+            "temb_channels": temb_channels,
+            "groups": norm_num_groups,
+            "eps": norm_eps,
+            "act_fn": act_fn,
+            "dropout": dropout,
+        }
+
+        def transformer(i: int, block_type: str) -> dict[str, Any] | None:
+            if block_type not in ("CrossAttn", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"):
+                return None
+            return {
+                "heads": heads[i],
+                "depth": transformers[i],
+                "context_dim": cross_attention_dim,
+                "groups": norm_num_groups,
+                "dropout": dropout,
+                "use_linear_projection": use_linear_projection,
+                "only_cross_attention": only_cross[i] if block_type != "CrossAttn" else False,
+                "upcast_attention": upcast_attention,
+            }
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], temb_channels, act_fn, time_cond_proj_dim)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]  # channels of the features that the way up takes in again
+        for i, block_type in enumerate(down_block_types):
+            _known_block("down_block_types", block_type, ("CrossAttnDownBlock2D", "DownBlock2D"))
+            inner = [(skips[-1] if j == 0 else channels[i], channels[i]) for j in range(layers[i])]
+            last = i == depth - 1
+            down = None if last else nn.ModuleList([Downsample2D(channels[i], downsample_padding)])
+            self.down_blocks.append(
+                _Block(inner, resnet=resnet, transformer=transformer(i, block_type), downsamplers=down)
+            )
+            skips += [channels[i]] * (layers[i] + (not last))
+
+        self.mid_block: _MidBlock | None = None
+        if mid_block_type is not None:
+            _known_block("mid_block_type", mid_block_type, ("UNetMidBlock2DCrossAttn",))
+            self.mid_block = _MidBlock(
+                channels[-1],
+                resnet={**resnet, "output_scale_factor": mid_block_scale_factor},
+                transformer=transformer(depth - 1, "CrossAttn"),
+            )
+
+        self.up_blocks = nn.ModuleList()
+        previous = channels[-1]
+        for i, block_type in enumerate(up_block_types):
+            _known_block("up_block_types", block_type, ("CrossAttnUpBlock2D", "UpBlock2D"))
+            level = depth - 1 - i
+            inner = []
+            for _ in range(layers[level] + 1):
+                inner.append((previous + skips.pop(), channels[level]))
+                previous = channels[level]
+            up = nn.ModuleList([Upsample2D(channels[level])]) if level else None
+            self.up_blocks.append(
+                _Block(inner, resnet=resnet, transformer=transformer(level, block_type), upsamplers=up)
+            )
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_act = activation(act_fn)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+
+    @classmethod
+    def from_config(cls, config: Any, **overrides: Any) -> UNet2DConditionModel:
+        """Make a UNet with random weights from a config; see `Configurable.from_config`.
+
+        Raises:
+            ValueError: The config describes a kind of UNet that is not Stable Diffusion 1.x or 2.x.
+        """
+        made = super().from_config(config, **overrides)
+        for key, values in _FIXED.items():
+            if made.config.get(key, values[0]) not in values:
+                raise ValueError(
+                    f"unet config: {key}={made.config[key]!r} belongs to a model that is not Stable Diffusion 1.x or 2.x; "
+                    f"expected {values[0]!r}"
+                )
+        return made
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        class_labels: None = None,
+        timestep_cond: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict from noisy latents.
+
+        Args:
+            sample: (B, in_channels, H, W), any H and W.
+            timestep: One number for the batch or (B,), in training timesteps.
+            encoder_hidden_states: The text, (B, M, cross_attention_dim).
+            class_labels: Must be `None`: these models have no classes.
+            timestep_cond: (B, time_cond_proj_dim), for models with that key.
+            cross_attention_kwargs: Only `{"scale": s}`, the strength of adapters.
+            down_block_additional_residuals: One a skip connection, added to it (ControlNet).
+            mid_block_additional_residual: Added to the features in the middle (ControlNet).
+            return_dict: `False` for a plain tuple.
+        """
+        if class_labels is not None:
+            raise ValueError("class_labels: Stable Diffusion has no classes; expected None")
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1.0
+        times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        sinusoids = timestep_embedding(
+            times,
+            self.conv_in.out_channels,
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+        temb = self.time_embedding(sinusoids.to(sample.dtype), timestep_cond)
+
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x, temb, encoder_hidden_states)
+                skips.append(x)
+            if block.downsamplers is not None:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        if down_block_additional_residuals is not None:
+            skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
+
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, encoder_hidden_states)
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+
+        for block in self.up_blocks:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, encoder_hidden_states)
+            if block.upsamplers is not None:
+                # The size of the next skip, not twice ours: odd sizes were rounded up on the way down.
+                height, width = skips[-1].shape[2:]
+                x = block.upsamplers[0](x, (height, width))
+
+        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+
+def _per_block(name: str, value: Any, depth: int) -> list[Any]:
+    """One value a block: a single value is repeated, a list must have one for each block."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * depth
+    if len(value) != depth:
+        raise ValueError(f"unet config: {name}={list(value)!r} has {len(value)} values; expected {depth}, one a block")
+    return list(value)
+
+
+def _known_block(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unet config: {key} has {value!r}; expected {' or '.join(known)}")

@@ -1,0 +1,44 @@
+"""Results: dataclasses that can also be indexed and unpacked as tuples, as users of the ecosystem expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+
+class Output:
+    """Base of result dataclasses: `out.name`, `out["name"]`, `out[0]` and unpacking; `None` fields are left out."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not `None`, in order."""
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return tuple(v for v in values if v is not None)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+
+@dataclass
+class StableDiffusionPipelineOutput(Output):
+    """What the pipeline returns.
+
+    Attributes:
+        images: `output_type` "pil": a list of B images; "np": (B, H, W, C) float32 in [0, 1]; "pt": the same as a
+            tensor (B, C, H, W); "latent": (B, latent channels, H/f, W/f).
+        nsfw_content_detected: One bool an image, or `None` where no safety checker ran.
+    """
+
+    images: list[Image.Image] | np.ndarray[Any, Any] | Any
+    nsfw_content_detected: list[bool] | None = None
+    original_images: Any = None

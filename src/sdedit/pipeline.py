@@ -1,0 +1,539 @@
+"""The way of one image: read, encode, noise, denoise, decode. `__call__` does these five things in this order."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sdedit import checks, prompts
+from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.noise import Generator, randn
+from sdedit.output import StableDiffusionPipelineOutput
+
+
+class StableDiffusionImg2ImgPipeline:
+    """Image-to-image with Stable Diffusion 1.x and 2.x.
+
+    Example:
+        >>> from sdedit import StableDiffusionImg2ImgPipeline
+        >>> pipe = StableDiffusionImg2ImgPipeline.from_pretrained()
+        >>> pipe("red apple, 3d", image=doodle, strength=0.7).images[0].save("apple.png")
+
+    Args:
+        vae: `AutoencoderKL` or `AutoencoderTiny`.
+        text_encoder, tokenizer: CLIP's, from transformers; both may be `None` if prompt embeds are passed.
+        unet: `UNet2DConditionModel`.
+        scheduler: Any of `sdedit.schedulers`.
+        safety_checker, feature_extractor: Both or neither; without them nothing is checked.
+        image_encoder: CLIP's vision model, for IP-Adapter.
+        requires_safety_checker: Kept in model_index.json; warns if it is true and there is no safety checker.
+
+    Attributes:
+        max_pixels: Larger input images are refused; `None` for no limit.
+        num_timesteps: Steps that the last call ran.
+    """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
+        if unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels:
+            kind = {9: " (an inpainting model)", 8: " (an instruct-pix2pix model)", 5: " (a depth model)"}
+            raise ValueError(
+                f"unet: takes {unet.config.in_channels} channels{kind.get(unet.config.in_channels, '')}; "
+                f"expected {vae.config.latent_channels}, the channels of the VAE's latents"
+            )
+        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
+        self.scheduler, self.safety_checker = scheduler, safety_checker
+        self.feature_extractor, self.image_encoder = feature_extractor, image_encoder
+        self.requires_safety_checker = requires_safety_checker
+        self.max_pixels: int | None = MAX_PIXELS
+        self.num_timesteps = 0
+        self._guidance_scale = 0.0
+        self._interrupt = False
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = ["latents"],  # noqa: B006 (the ecosystem's default)
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """Turn an image into a picture that follows the prompt.
+
+        Args:
+            prompt: One, or a list. One image goes with all prompts, one prompt with all images.
+            image: PIL, NumPy, tensor, latents, or a list of one kind, all of one size: see `read_images`.
+            strength: How far from the image the picture may go, 0 to 1: of `num_inference_steps`, the last
+                `int(num_inference_steps * strength)` run, from latents noised to where they begin. 0 gives the image
+                through the VAE and back.
+            num_inference_steps: Steps of the whole schedule, at least 1.
+            timesteps, sigmas: A schedule of one's own, falling, for schedulers that take one.
+            guidance_scale: Weight of the prompt against the negative prompt (arXiv 2207.12598); 1 and less turn it off.
+            negative_prompt: What to go away from; one for all, or a list as long as `prompt`.
+            num_images_per_prompt: Pictures for each prompt.
+            eta: 0 for deterministic DDIM, 1 for as much noise as DDPM (arXiv 2010.02502); DDIM only.
+            generator: A `torch.Generator`, or a list with one for each picture: each is then the same as alone.
+            prompt_embeds, negative_prompt_embeds: Instead of prompts, (B, M, C), as `encode_prompt` gives.
+            ip_adapter_image, ip_adapter_image_embeds: For IP-Adapters.
+            output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent".
+            return_dict: `False` for a tuple (images, nsfw_content_detected).
+            cross_attention_kwargs: `{"scale": s}`, the strength of adapters.
+            clip_skip: Leave out that many of the text encoder's last layers.
+            callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; tensors that it
+                returns in a dict replace those of the loop.
+            callback_on_step_end_tensor_inputs: Which tensors it gets.
+
+        Returns:
+            `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
+
+        Raises:
+            ValueError, TypeError: An argument is not as described; the message names it.
+        """
+        checks.number("strength", strength, 0, 1)
+        checks.whole_number("num_inference_steps", num_inference_steps, 1)
+        checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        checks.number("guidance_scale", guidance_scale, float("-inf"))
+        checks.number("eta", eta, 0, 1)
+        checks.output_type(output_type)
+        checks.schedule(self.scheduler, timesteps, sigmas)
+        checks.adapter_arguments(
+            cross_attention_kwargs,
+            {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds},
+        )
+        wanted = checks.callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        if image is None:
+            raise ValueError("image: None; expected the picture to start from")
+
+        # 1. Read the image and the prompt.
+        images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
+        height, width = images.pixels.shape[-2:]
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        embeds, negative_embeds = self.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt)
+        checks.generators(generator, len(of_image))
+        embeds = embeds[of_prompt]
+        negative_embeds = None if negative_embeds is None else negative_embeds[of_prompt]
+
+        # 2. Encode it: latents of each picture of the batch.
+        latents = self._encode(images, of_image, generator)
+
+        # 3. Noise them to the level that strength asks for.
+        steps = self._timesteps(num_inference_steps, strength, timesteps, sigmas)
+        if len(steps):
+            noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
+            latents = self.scheduler.add_noise(latents, noise, steps[:1].repeat(len(latents)))
+
+        # 4. Denoise.
+        if len(steps):
+            latents = self._denoise(
+                latents, steps, embeds, negative_embeds, self._step_arguments(eta, generator), (callback_on_step_end, wanted)
+            )
+        if output_type == "latent":
+            return StableDiffusionPipelineOutput(latents) if return_dict else (latents, None)
+
+        # 5. Decode, and cut off what was padded.
+        pixels = self._decode(latents)
+        if not images.latent:
+            pixels = pixels[..., :height, :width]
+        checked, flags = self._check_safety(pixels)
+        alphas = [images.alphas[i] for i in of_image]
+        written = write_images(checked, output_type, alphas)
+        if not return_dict:
+            return written, flags
+        originals = write_images(pixels, output_type, alphas) if flags and any(flags) else None
+        return StableDiffusionPipelineOutput(written, flags, originals)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode prompts, or pass on embeds that were made before.
+
+        Args:
+            prompt, negative_prompt: Strings, or lists of them; a single negative prompt serves all prompts.
+            num_images_per_prompt: Each is repeated that often.
+            do_classifier_free_guidance: Without it there are no negative embeds.
+            lora_scale: Strength of the text encoder's adapters.
+            clip_skip: Leave out that many of the last layers (of the prompt; the negative one is read in full).
+
+        Returns:
+            Prompt embeds and negative prompt embeds, (B·num_images_per_prompt, M, C) each.
+        """
+        checks.either("prompt", prompt, "prompt_embeds", prompt_embeds)
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            checks.either("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
+        if clip_skip is not None:
+            checks.whole_number("clip_skip", clip_skip, 0)
+        width = self.unet.config.cross_attention_dim
+        dtype, device = self.unet.dtype, device or self.device
+
+        if prompt_embeds is None:
+            prompt_embeds = self._encode_texts(checks.prompts("prompt", prompt), clip_skip)
+        prompt_embeds = checks.embeds("prompt_embeds", prompt_embeds, width).to(device, dtype)
+        count, length = prompt_embeds.shape[:2]
+
+        if not do_classifier_free_guidance:
+            return prompt_embeds.repeat_interleave(num_images_per_prompt, 0), None
+        if negative_prompt_embeds is None:
+            texts = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+            if len(texts) not in (1, count):
+                raise ValueError(f"negative_prompt: {len(texts)} of them for {count} prompts; expected one, or as many")
+            negative_prompt_embeds = self._encode_texts(texts, max_length=length)
+        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(device, dtype)
+        if len(negative_prompt_embeds) == 1:
+            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+        if negative_prompt_embeds.shape != prompt_embeds.shape:
+            raise ValueError(
+                f"negative_prompt_embeds: {list(negative_prompt_embeds.shape)}; "
+                f"expected the shape of prompt_embeds, {list(prompt_embeds.shape)}"
+            )
+        return (
+            prompt_embeds.repeat_interleave(num_images_per_prompt, 0),
+            negative_prompt_embeds.repeat_interleave(num_images_per_prompt, 0),
+        )
+
+    def _encode_texts(self, texts: list[str], clip_skip: int | None = None, max_length: int | None = None) -> Tensor:
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative_prompt_embeds")
+        ids = prompts.tokenize(self.tokenizer, texts, max_length)
+        encoder = self.text_encoder
+        return self._finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
+
+    def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
+        """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
+        dtype = self.unet.dtype
+        if images.latent:
+            return images.pixels[of_image].to(self.device, dtype)
+        pixels = pad_to_multiple(images.pixels, self.vae_scale_factor)
+        # With one generator an image is drawn once from the VAE's distribution, whatever the number of its pictures;
+        # with a generator for each picture, from each of them.
+        each = isinstance(generator, (list, tuple))
+        vae = self.vae
+
+        def run(dtype: torch.dtype) -> Tensor:
+            encoded = vae.encode(pixels.to(self.device, dtype))
+            if hasattr(encoded, "latents"):
+                return encoded.latents[of_image]  # type: ignore[no-any-return]
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+            if each:
+                mean, std = mean[of_image], std[of_image]
+            drawn = mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
+            return drawn if each else drawn[of_image]
+
+        return self._finite("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
+
+    def _timesteps(
+        self, num_inference_steps: int, strength: float, timesteps: Any = None, sigmas: Any = None
+    ) -> Tensor:
+        """The timesteps that `strength` leaves of the schedule, from the noisiest on."""
+        own = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas} if sigmas is not None else None
+        if own is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        else:
+            self.scheduler.set_timesteps(device=self.device, **own)
+            num_inference_steps = len(self.scheduler.timesteps)
+        start = num_inference_steps - int(num_inference_steps * strength)
+        first = start * getattr(self.scheduler, "order", 1)
+        steps: Tensor = self.scheduler.timesteps[first:]
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        self.num_timesteps = len(steps)
+        if strength > 0 and not len(steps):
+            warnings.warn(
+                f"strength={strength:g} of {num_inference_steps} steps leaves none to run: "
+                "the picture is the image through the VAE; more steps or strength change it",
+                stacklevel=3,
+            )
+        return steps
+
+    def _step_arguments(self, eta: float, generator: Generator) -> dict[str, Any]:
+        """What this scheduler's `step` takes of `eta` and `generator`."""
+        taken = inspect.signature(self.scheduler.step).parameters
+        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in taken}
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        steps: Tensor,
+        embeds: Tensor,
+        negative_embeds: Tensor | None,
+        step_arguments: dict[str, Any],
+        callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
+    ) -> Tensor:
+        """Noisy latents to clean ones, one UNet call a timestep."""
+        begin = getattr(self.scheduler, "begin_index", None)
+
+        def run(dtype: torch.dtype) -> Tensor:
+            if begin is not None:
+                self.scheduler.set_begin_index(begin)
+            negative = None if negative_embeds is None else negative_embeds.to(dtype)
+            return self._loop(latents.to(dtype), steps, embeds.to(dtype), negative, step_arguments, callback)
+
+        return self._finite("UNet", self.unet, run, step_arguments.get("generator"))
+
+    def _loop(
+        self,
+        latents: Tensor,
+        steps: Tensor,
+        embeds: Tensor,
+        negative_embeds: Tensor | None,
+        step_arguments: dict[str, Any],
+        callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
+    ) -> Tensor:
+        # Callbacks know prompt embeds as the UNet's batch: the negative half first.
+        tensors = {
+            "prompt_embeds": embeds if negative_embeds is None else torch.cat([negative_embeds, embeds]),
+            "negative_prompt_embeds": negative_embeds,
+        }
+        condition = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            dim = self.unet.config.time_cond_proj_dim
+            condition = prompts.guidance_scale_embedding(self.guidance_scale, dim, len(latents)).to(latents)
+        on_step_end, wanted = callback
+        order = getattr(self.scheduler, "order", 1)
+        with self._progress(-(-len(steps) // order)) as bar:
+            for i, t in enumerate(steps):
+                if self._interrupt:
+                    break
+                guided = self.do_classifier_free_guidance
+                sample = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+                prediction = self.unet(
+                    sample, t, tensors["prompt_embeds"], timestep_cond=condition, return_dict=False
+                )[0]
+                if guided:
+                    without, with_prompt = prediction.chunk(2)
+                    prediction = without + self.guidance_scale * (with_prompt - without)
+                latents = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
+                if on_step_end is not None:
+                    tensors["latents"] = latents
+                    tensors.update(on_step_end(self, i, t, {name: tensors[name] for name in wanted}) or {})
+                    latents = tensors["latents"]
+                if (i + 1) % order == 0 or i + 1 == len(steps):
+                    bar.update()
+        return latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels (B, 3, H, W) in [0, 1]."""
+        vae = self.vae
+
+        def run(dtype: torch.dtype) -> Tensor:
+            scaled = latents.to(self.device, dtype) / vae.config.scaling_factor
+            return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
+
+        return (self._finite("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
+
+    def _check_safety(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Pixels with what the safety checker flags made black, and its flags; `None` without one."""
+        if self.safety_checker is None:
+            return pixels, None
+        seen = self.feature_extractor(write_images(pixels, "pil", [None] * len(pixels)), return_tensors="pt")
+        clip_input = seen.pixel_values.to(self.safety_checker.device, self.safety_checker.dtype)
+        # A copy: some checkers blacken in place.
+        checked, flags = self.safety_checker(clip_input=clip_input, images=pixels.clone())
+        if any(flags):
+            warnings.warn(
+                f"the safety checker flagged {sum(flags)} of {len(flags)} pictures and made them black; "
+                "the originals are in .original_images, and safety_checker=None turns it off",
+                stacklevel=3,
+            )
+        return checked, [bool(flag) for flag in flags]
+
+    def _finite(
+        self, stage: str, module: Any, run: Callable[[torch.dtype], Tensor], generator: Generator = None
+    ) -> Tensor:
+        """The stage's result; if half precision gave NaN or infinity, the stage once more in float32, from the same noise.
+
+        The result is looked at once a stage, not in its loop.
+        """
+        dtype = module.dtype
+        if dtype == torch.float32:
+            many = []
+        else:
+            one = torch.default_generator if generator is None else generator
+            many = list(one) if isinstance(one, Sequence) else [one]
+        before = [(g, g.get_state()) for g in many]
+        result = run(dtype)
+        if torch.isfinite(result).all():
+            return result
+        if dtype != torch.float32:
+            name = str(dtype).removeprefix("torch.")
+            warnings.warn(f"{stage}: NaN or infinity in {name}; this stage runs again in float32", stacklevel=4)
+            for g, state in before:
+                g.set_state(state)
+            module.float()
+            try:
+                result = run(torch.float32)
+            finally:
+                module.to(dtype)
+            if torch.isfinite(result).all():
+                return result
+        raise RuntimeError(f"{stage}: NaN or infinity in float32 too: the weights or the prompt embeds are damaged")
+
+    # What the ecosystem's tools ask a pipeline for.
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Is the UNet called with and without the prompt?"""
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def interrupt(self) -> bool:
+        """Was the running call cancelled?"""
+        return self._interrupt
+
+    def cancel(self) -> None:
+        """Stop the running call after its current step, from a callback or another thread; what there is gets decoded."""
+        self._interrupt = True
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image for one of its latents, along a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name: `StableDiffusionImg2ImgPipeline(**pipe.components)` shares them."""
+        from sdedit.loading.pretrained import COMPONENTS
+
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the UNet."""
+        return torch.device(self.unet.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet."""
+        return self.unet.dtype  # type: ignore[no-any-return]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast all networks, as `torch.nn.Module.to` does."""
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(*args, **kwargs)
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments of tqdm for the progress bar, such as `disable=True`."""
+        self._progress_bar_config = kwargs
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Any]:
+        with tqdm(total=total, **self._progress_bar_config) as bar:
+            yield bar
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        **components_and_hub: Any,
+    ) -> Self:
+        """Load a pipeline from a model folder or a hub id; with no argument, the small model that comes with the package.
+
+        Args:
+            pretrained_model_name_or_path: A folder with model_index.json, or an id such as
+                `"stable-diffusion-v1-5/stable-diffusion-v1-5"`.
+            torch_dtype: Dtype of all networks; float32 if not given.
+            variant: Such as `"fp16"`; components that have no such file use their ordinary one.
+            use_safetensors: `True` never reads pickles, `False` reads only them.
+            **components_and_hub: A component by its name, or `None` to leave it out (`safety_checker=None`), and
+                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub.
+
+        Raises:
+            FileNotFoundError: The model, or a file of it, is missing.
+            ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
+        """
+        from sdedit.loading.pretrained import load_components
+
+        return cls(
+            **load_components(
+                pretrained_model_name_or_path,
+                torch_dtype=torch_dtype,
+                variant=variant,
+                use_safetensors=use_safetensors,
+                **components_and_hub,
+            )
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        """Write all components to a folder that `from_pretrained`, and other tools, read back."""
+        from sdedit.loading.pretrained import save_components
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
+        save_components(self.components, self.requires_safety_checker, save_directory, variant)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
+        return f"{type(self).__name__}({parts})"
+
+

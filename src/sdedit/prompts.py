@@ -1,0 +1,53 @@
+"""Prompts to prompt embeds: the text encoder's hidden states, which the UNet attends to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
+    """Token ids (B, max_length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
+    length = max_length or tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    for prompt, whole in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        if len(whole) > length:
+            lost = tokenizer.decode(whole[length - 1 : -1])
+            warnings.warn(
+                f"prompt: {prompt[:40]!r}… has {len(whole) - 2} tokens, of which the model reads {length - 2}; "
+                f"this was cut off: {lost!r}",
+                stacklevel=2,
+            )
+    return ids
+
+
+def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -> Tensor:
+    """Hidden states (B, M, C) of token ids (B, M).
+
+    Args:
+        clip_skip: Leave out that many of the last layers; the final norm is applied all the same.
+    """
+    config = text_encoder.config
+    token_ids = token_ids.to(text_encoder.device)
+    if not clip_skip:
+        return text_encoder(token_ids)[0]  # type: ignore[no-any-return]
+    if not 0 < clip_skip < config.num_hidden_layers:
+        raise ValueError(f"clip_skip={clip_skip}; expected 0 to {config.num_hidden_layers - 1} with this text encoder")
+    hidden = text_encoder(token_ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+    # transformers before 5.6 keeps the layers one level deeper.
+    norm: torch.nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    return norm(hidden)  # type: ignore[no-any-return]
+
+
+def guidance_scale_embedding(scale: float, dim: int, batch: int) -> Tensor:
+    """Sinusoids of the guidance scale, (batch, dim), for models distilled with it (LCM, arXiv 2310.04378)."""
+    from sdedit.models.layers import timestep_embedding
+
+    scales = torch.full((batch,), (scale - 1) * 1000.0)
+    return timestep_embedding(scales, dim, flip_sin_to_cos=False, freq_shift=1)
