@@ -66,7 +66,9 @@ SCHEDULE = dict(
 )
 
 
-def make_folder(folder: Path, *, unet: dict[str, Any] | None = None, prediction_type: str = "epsilon", tiny_vae: bool = False) -> Path:
+def make_folder(
+    folder: Path, *, unet: dict[str, Any] | None = None, prediction_type: str = "epsilon", tiny_vae: bool = False
+) -> Path:
     """A model folder that diffusers itself wrote."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

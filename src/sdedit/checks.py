@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,20 +15,20 @@ from torch import Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def number(name: str, value: Any, low: float, high: float | None = None) -> float:
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in [low, high], not a bool."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-        span = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
-        raise ValueError(f"{name}={value!r}; expected a number {span}")
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high:
+        span = f"from {low:g} to {high:g}" if high < math.inf else "that is finite"
+        raise ValueError(f"{name}={value!r:.80}; expected a number {span}")
     return float(value)
 
 
 def whole_number(name: str, value: Any, low: int) -> int:
     """A whole number of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}={value!r}; expected a whole number of at least {low}")
-    return value
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r:.80}; expected a whole number of at least {low}")
+    return int(value)
 
 
 def prompts(name: str, value: Any) -> list[str]:
@@ -45,9 +48,11 @@ def either(first: str, a: Any, second: str, b: Any) -> None:
 
 def embeds(name: str, value: Any, width: int) -> Tensor:
     """Prompt embeds (B, M, width)."""
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != width:
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != width or not value.numel():
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: {got}; expected a tensor of shape (B, M, {width}), as encode_prompt gives")
+    if not value.is_floating_point() or not torch.isfinite(value).all():
+        raise ValueError(f"{name}: {value.dtype} with NaN or infinity, or no floats; expected finite floats")
     return value
 
 
@@ -56,7 +61,9 @@ def generators(value: Any, batch: int) -> None:
     many = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     for one in many:
         if not isinstance(one, torch.Generator):
-            raise ValueError(f"generator: {type(one).__name__}; expected torch.Generator, e.g. torch.Generator().manual_seed(0)")
+            raise ValueError(
+                f"generator: {type(one).__name__}; expected torch.Generator, e.g. torch.Generator().manual_seed(0)"
+            )
     if isinstance(value, (list, tuple)) and len(value) != batch:
         raise ValueError(f"generator: {len(value)} generators for {batch} images; expected one, or one for each image")
 
@@ -65,11 +72,13 @@ def adapter_arguments(cross_attention_kwargs: Any, ip_adapter: Mapping[str, Any]
     """What adapters would use."""
     if cross_attention_kwargs is not None:
         if not isinstance(cross_attention_kwargs, Mapping):
-            raise ValueError(f"cross_attention_kwargs={cross_attention_kwargs!r}; expected a dict such as {{'scale': 0.8}}")
+            raise ValueError(
+                f"cross_attention_kwargs={cross_attention_kwargs!r}; expected a dict such as {{'scale': 0.8}}"
+            )
         if wrong := sorted(set(cross_attention_kwargs) - {"scale"}):
             raise ValueError(f"cross_attention_kwargs has {', '.join(map(repr, wrong))}; expected only 'scale'")
         if "scale" in cross_attention_kwargs:
-            number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"], float("-inf"))
+            number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"])
     for name, value in ip_adapter.items():
         if value is not None:
             raise ValueError(f"{name} was given, but no IP-Adapter is loaded; expected None")
@@ -78,12 +87,14 @@ def adapter_arguments(cross_attention_kwargs: Any, ip_adapter: Mapping[str, Any]
 def callback(on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> list[str]:
     """The tensors that the callback wants; a callback object may name its own."""
     if on_step_end is not None and not callable(on_step_end):
-        raise ValueError(f"callback_on_step_end={on_step_end!r}; expected a function (pipe, step, timestep, tensors) -> dict")
+        raise ValueError(
+            f"callback_on_step_end={on_step_end!r}; expected a function (pipe, step, timestep, tensors) -> dict"
+        )
     names = getattr(on_step_end, "tensor_inputs", tensor_inputs)
     if names is None:
         return []
-    if isinstance(names, str) or not all(name in known for name in names):
-        raise ValueError(f"callback_on_step_end_tensor_inputs={names!r}; expected a list out of {list(known)}")
+    if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
+        raise ValueError(f"callback_on_step_end_tensor_inputs={names!r:.80}; expected a list out of {list(known)}")
     return list(names)
 
 
@@ -91,6 +102,20 @@ def output_type(value: Any) -> None:
     """One of the four."""
     if value not in OUTPUT_TYPES:
         raise ValueError(f"output_type={value!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+
+
+def components(parts: Mapping[str, Any]) -> None:
+    """What a pipeline cannot do without has the methods that it calls."""
+    needed = {"vae": ("encode", "decode", "config"), "unet": ("forward", "config"), "scheduler": ("step", "add_noise")}
+    for name, methods in needed.items():
+        if not all(hasattr(parts[name], method) for method in methods):
+            raise ValueError(f"{name}: {type(parts[name]).__name__}; expected a model's {name}, as from_pretrained gives")
+    if parts["safety_checker"] is not None and parts["feature_extractor"] is None:
+        raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
+    takes, gives = parts["unet"].config.in_channels, parts["vae"].config.latent_channels
+    if takes != gives:
+        kind = {9: " (an inpainting model)", 8: " (an instruct-pix2pix model)", 5: " (a depth model)"}.get(takes, "")
+        raise ValueError(f"unet: takes {takes} channels{kind}; expected {gives}, the channels of the VAE's latents")
 
 
 def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
@@ -101,11 +126,15 @@ def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
         if value is None:
             continue
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps")
-        if isinstance(value, str) or len(value) == 0:
-            raise ValueError(f"{name}={value!r}; expected a list of numbers that fall, at least one")
-        if any(not a > b for a, b in zip(value, value[1:], strict=False)):
-            raise ValueError(f"{name}={list(value)!r:.80}; expected numbers that fall from the noisiest to the cleanest")
+            raise ValueError(
+                f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps"
+            )
+        values = value.tolist() if hasattr(value, "tolist") else value
+        ok = isinstance(values, (list, tuple)) and all(isinstance(v, numbers.Real) and v >= 0 for v in values)
+        if not ok or not values or any(not a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(
+                f"{name}={values!r:.80}; expected a list of numbers that fall from the noisiest to the cleanest"
+            )
 
 
 def batch_plan(images: int, prompts: int, per_prompt: int) -> tuple[list[int], list[int]]:

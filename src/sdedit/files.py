@@ -21,7 +21,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,6 +51,6 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise `ValueError` if `path` is the pointer that git leaves where git-lfs did not fetch the file."""
     mark = b"version https://git-lfs"
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if file.read(len(mark)) == mark:
             raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")

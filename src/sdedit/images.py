@@ -1,4 +1,4 @@
-"""Images in and out: whatever people call an image becomes a float tensor in [-1, 1], and a tensor becomes what they asked for."""
+"""Images in and out: whatever people call an image becomes a tensor in [-1, 1], and a tensor what they asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
-OutputType = Literal["pil", "np", "pt", "latent"]
 
 Array = np.ndarray[Any, Any]
 # What `image` may be, or a list of.
@@ -69,8 +68,9 @@ def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
         raise ValueError(f"image: {width}×{height} pixels; expected at least {MIN_SIDE} on each side")
     if max_pixels is not None and width * height > max_pixels:
         raise ValueError(
-            f"image: {width}×{height} is {width * height / 1e6:,.0f} megapixels; at most {max_pixels / 1e6:,.0f} are taken "
-            "unless you allow it: make it smaller, or set max_pixels (on the command line --max-megapixels)"
+            f"image: {width}×{height} is {width * height / 1e6:,.0f} megapixels; "
+            f"at most {max_pixels / 1e6:,.0f} are taken unless you allow more: make it smaller, or set max_pixels "
+            "(on the command line --max-megapixels)"
         )
 
 
@@ -98,7 +98,9 @@ def read_images(image: ImageInput, latent_channels: int, max_pixels: int | None 
     sizes = {tuple(pixels.shape[-2:]) for pixels, _, _ in read}
     if len(sizes) > 1:
         shown = ", ".join(f"{w}×{h}" for h, w in sorted(sizes))
-        raise ValueError(f"image: the list has several sizes ({shown}, width×height); expected one: resize, or call once a size")
+        raise ValueError(
+            f"image: the list has several sizes ({shown}, width×height); expected one: resize, or call once a size"
+        )
     return Images(torch.stack([pixels for pixels, _, _ in read]), [alpha for _, alpha, _ in read], kinds.pop())
 
 
@@ -121,10 +123,13 @@ def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> list[
         array = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
         array = array.transpose(0, 2, 3, 1)
     elif isinstance(image, np.ndarray):
-        array = {2: image[None, ..., None] if image.ndim == 2 else image, 3: image[None], 4: image}.get(image.ndim, image)
+        array = {2: image[None, ..., None] if image.ndim == 2 else image, 3: image[None], 4: image}.get(
+            image.ndim, image
+        )
         if array.ndim != 4 or array.shape[-1] not in (1, 2, 3, 4):
             raise ValueError(
-                f"image: an array of shape {list(image.shape)}; expected (H, W), (H, W, C) or (B, H, W, C) with C from 1 to 4"
+                f"image: an array of shape {list(image.shape)}; "
+                "expected (H, W), (H, W, C) or (B, H, W, C) with C from 1 to 4"
             )
     else:
         raise TypeError(
@@ -146,7 +151,9 @@ def pil_to_array(image: Image.Image) -> Array:
     try:
         image = image.convert("RGBA" if transparent else "RGB")
     except ValueError as error:
-        raise ValueError(f"image: mode {image.mode} has no conversion to RGB ({error}): save it as PNG first") from error
+        raise ValueError(
+            f"image: mode {image.mode} has no conversion to RGB ({error}): save it as PNG first"
+        ) from error
     return np.asarray(image).astype(np.float32) / 255
 
 
@@ -194,7 +201,7 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
 
 
 def write_images(
-    pixels: Tensor, output_type: OutputType, alphas: Sequence[Tensor | None]
+    pixels: Tensor, output_type: str, alphas: Sequence[Tensor | None]
 ) -> list[Image.Image] | Array | Tensor:
     """Give pixels the form that `output_type` asks for; images that came with alpha get it back.
 

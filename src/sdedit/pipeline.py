@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sdedit import checks, prompts
+from sdedit.base import Pipeline
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
+from sdedit.precision import finite
+from sdedit.safety import check_safety
 
 
-class StableDiffusionImg2ImgPipeline:
+class StableDiffusionImg2ImgPipeline(Pipeline):
     """Image-to-image with Stable Diffusion 1.x and 2.x.
 
     Example:
@@ -55,23 +55,22 @@ class StableDiffusionImg2ImgPipeline:
         image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
-        if safety_checker is not None and feature_extractor is None:
-            raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
-        if unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels:
-            kind = {9: " (an inpainting model)", 8: " (an instruct-pix2pix model)", 5: " (a depth model)"}
-            raise ValueError(
-                f"unet: takes {unet.config.in_channels} channels{kind.get(unet.config.in_channels, '')}; "
-                f"expected {vae.config.latent_channels}, the channels of the VAE's latents"
-            )
-        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
-        self.scheduler, self.safety_checker = scheduler, safety_checker
-        self.feature_extractor, self.image_encoder = feature_extractor, image_encoder
-        self.requires_safety_checker = requires_safety_checker
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        checks.components(self.components)
         self.max_pixels: int | None = MAX_PIXELS
         self.num_timesteps = 0
         self._guidance_scale = 0.0
         self._interrupt = False
-        self._progress_bar_config: dict[str, Any] = {}
 
     @torch.no_grad()
     def __call__(
@@ -132,7 +131,7 @@ class StableDiffusionImg2ImgPipeline:
         checks.number("strength", strength, 0, 1)
         checks.whole_number("num_inference_steps", num_inference_steps, 1)
         checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        checks.number("guidance_scale", guidance_scale, float("-inf"))
+        checks.number("guidance_scale", guidance_scale)
         checks.number("eta", eta, 0, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
@@ -140,9 +139,7 @@ class StableDiffusionImg2ImgPipeline:
             cross_attention_kwargs,
             {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds},
         )
-        wanted = checks.callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
+        wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
 
@@ -175,7 +172,12 @@ class StableDiffusionImg2ImgPipeline:
         # 4. Denoise.
         if len(steps):
             latents = self._denoise(
-                latents, steps, embeds, negative_embeds, self._step_arguments(eta, generator), (callback_on_step_end, wanted)
+                latents,
+                steps,
+                embeds,
+                negative_embeds,
+                self._step_arguments(eta, generator),
+                (callback_on_step_end, wanted),
             )
         if output_type == "latent":
             return StableDiffusionPipelineOutput(latents) if return_dict else (latents, None)
@@ -184,7 +186,7 @@ class StableDiffusionImg2ImgPipeline:
         pixels = self._decode(latents)
         if not images.latent:
             pixels = pixels[..., :height, :width]
-        checked, flags = self._check_safety(pixels)
+        checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
         alphas = [images.alphas[i] for i in of_image]
         written = write_images(checked, output_type, alphas)
         if not return_dict:
@@ -236,7 +238,9 @@ class StableDiffusionImg2ImgPipeline:
             if len(texts) not in (1, count):
                 raise ValueError(f"negative_prompt: {len(texts)} of them for {count} prompts; expected one, or as many")
             negative_prompt_embeds = self._encode_texts(texts, max_length=length)
-        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(device, dtype)
+        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(
+            device, dtype
+        )
         if len(negative_prompt_embeds) == 1:
             negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
         if negative_prompt_embeds.shape != prompt_embeds.shape:
@@ -254,7 +258,7 @@ class StableDiffusionImg2ImgPipeline:
             raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative_prompt_embeds")
         ids = prompts.tokenize(self.tokenizer, texts, max_length)
         encoder = self.text_encoder
-        return self._finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
+        return finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
@@ -277,7 +281,7 @@ class StableDiffusionImg2ImgPipeline:
             drawn = mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
             return drawn if each else drawn[of_image]
 
-        return self._finite("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
+        return finite("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
 
     def _timesteps(
         self, num_inference_steps: int, strength: float, timesteps: Any = None, sigmas: Any = None
@@ -292,7 +296,7 @@ class StableDiffusionImg2ImgPipeline:
         start = num_inference_steps - int(num_inference_steps * strength)
         first = start * getattr(self.scheduler, "order", 1)
         steps: Tensor = self.scheduler.timesteps[first:]
-        if hasattr(self.scheduler, "set_begin_index"):
+        if len(steps) and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         self.num_timesteps = len(steps)
         if strength > 0 and not len(steps):
@@ -326,7 +330,7 @@ class StableDiffusionImg2ImgPipeline:
             negative = None if negative_embeds is None else negative_embeds.to(dtype)
             return self._loop(latents.to(dtype), steps, embeds.to(dtype), negative, step_arguments, callback)
 
-        return self._finite("UNet", self.unet, run, step_arguments.get("generator"))
+        return finite("UNet", self.unet, run, step_arguments.get("generator"))
 
     def _loop(
         self,
@@ -338,7 +342,7 @@ class StableDiffusionImg2ImgPipeline:
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
     ) -> Tensor:
         # Callbacks know prompt embeds as the UNet's batch: the negative half first.
-        tensors = {
+        tensors: dict[str, Any] = {
             "prompt_embeds": embeds if negative_embeds is None else torch.cat([negative_embeds, embeds]),
             "negative_prompt_embeds": negative_embeds,
         }
@@ -354,9 +358,9 @@ class StableDiffusionImg2ImgPipeline:
                     break
                 guided = self.do_classifier_free_guidance
                 sample = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                prediction = self.unet(
-                    sample, t, tensors["prompt_embeds"], timestep_cond=condition, return_dict=False
-                )[0]
+                prediction = self.unet(sample, t, tensors["prompt_embeds"], timestep_cond=condition, return_dict=False)[
+                    0
+                ]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
                     prediction = without + self.guidance_scale * (with_prompt - without)
@@ -377,56 +381,7 @@ class StableDiffusionImg2ImgPipeline:
             scaled = latents.to(self.device, dtype) / vae.config.scaling_factor
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        return (self._finite("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
-
-    def _check_safety(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
-        """Pixels with what the safety checker flags made black, and its flags; `None` without one."""
-        if self.safety_checker is None:
-            return pixels, None
-        seen = self.feature_extractor(write_images(pixels, "pil", [None] * len(pixels)), return_tensors="pt")
-        clip_input = seen.pixel_values.to(self.safety_checker.device, self.safety_checker.dtype)
-        # A copy: some checkers blacken in place.
-        checked, flags = self.safety_checker(clip_input=clip_input, images=pixels.clone())
-        if any(flags):
-            warnings.warn(
-                f"the safety checker flagged {sum(flags)} of {len(flags)} pictures and made them black; "
-                "the originals are in .original_images, and safety_checker=None turns it off",
-                stacklevel=3,
-            )
-        return checked, [bool(flag) for flag in flags]
-
-    def _finite(
-        self, stage: str, module: Any, run: Callable[[torch.dtype], Tensor], generator: Generator = None
-    ) -> Tensor:
-        """The stage's result; if half precision gave NaN or infinity, the stage once more in float32, from the same noise.
-
-        The result is looked at once a stage, not in its loop.
-        """
-        dtype = module.dtype
-        if dtype == torch.float32:
-            many = []
-        else:
-            one = torch.default_generator if generator is None else generator
-            many = list(one) if isinstance(one, Sequence) else [one]
-        before = [(g, g.get_state()) for g in many]
-        result = run(dtype)
-        if torch.isfinite(result).all():
-            return result
-        if dtype != torch.float32:
-            name = str(dtype).removeprefix("torch.")
-            warnings.warn(f"{stage}: NaN or infinity in {name}; this stage runs again in float32", stacklevel=4)
-            for g, state in before:
-                g.set_state(state)
-            module.float()
-            try:
-                result = run(torch.float32)
-            finally:
-                module.to(dtype)
-            if torch.isfinite(result).all():
-                return result
-        raise RuntimeError(f"{stage}: NaN or infinity in float32 too: the weights or the prompt embeds are damaged")
-
-    # What the ecosystem's tools ask a pipeline for.
+        return (finite("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
 
     @property
     def guidance_scale(self) -> float:
@@ -444,96 +399,10 @@ class StableDiffusionImg2ImgPipeline:
         return self._interrupt
 
     def cancel(self) -> None:
-        """Stop the running call after its current step, from a callback or another thread; what there is gets decoded."""
+        """Stop the running call after its current step, from a callback or another thread, and decode what there is."""
         self._interrupt = True
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of an image for one of its latents, along a side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts by name: `StableDiffusionImg2ImgPipeline(**pipe.components)` shares them."""
-        from sdedit.loading.pretrained import COMPONENTS
-
-        return {name: getattr(self, name) for name in COMPONENTS}
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the UNet."""
-        return torch.device(self.unet.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the UNet."""
-        return self.unet.dtype  # type: ignore[no-any-return]
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does."""
-        for part in self.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(*args, **kwargs)
-        return self
-
-    def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Arguments of tqdm for the progress bar, such as `disable=True`."""
-        self._progress_bar_config = kwargs
-
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Any]:
-        with tqdm(total=total, **self._progress_bar_config) as bar:
-            yield bar
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        use_safetensors: bool | None = None,
-        **components_and_hub: Any,
-    ) -> Self:
-        """Load a pipeline from a model folder or a hub id; with no argument, the small model that comes with the package.
-
-        Args:
-            pretrained_model_name_or_path: A folder with model_index.json, or an id such as
-                `"stable-diffusion-v1-5/stable-diffusion-v1-5"`.
-            torch_dtype: Dtype of all networks; float32 if not given.
-            variant: Such as `"fp16"`; components that have no such file use their ordinary one.
-            use_safetensors: `True` never reads pickles, `False` reads only them.
-            **components_and_hub: A component by its name, or `None` to leave it out (`safety_checker=None`), and
-                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub.
-
-        Raises:
-            FileNotFoundError: The model, or a file of it, is missing.
-            ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
-        """
-        from sdedit.loading.pretrained import load_components
-
-        return cls(
-            **load_components(
-                pretrained_model_name_or_path,
-                torch_dtype=torch_dtype,
-                variant=variant,
-                use_safetensors=use_safetensors,
-                **components_and_hub,
-            )
-        )
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
-    ) -> None:
-        """Write all components to a folder that `from_pretrained`, and other tools, read back."""
-        from sdedit.loading.pretrained import save_components
-
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
-        save_components(self.components, self.requires_safety_checker, save_directory, variant)
-
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
-        return f"{type(self).__name__}({parts})"
-
-

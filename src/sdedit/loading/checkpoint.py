@@ -1,4 +1,4 @@
-"""Reading weights safely: which file, what it holds, and whether that is what the network expects, before it is used."""
+"""Reading weights safely: which file, what it holds, and whether that is what the network expects."""
 
 from __future__ import annotations
 

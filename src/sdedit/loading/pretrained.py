@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sdedit.base import COMPONENTS
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json
 from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
@@ -20,18 +21,6 @@ from sdedit.models.model import Model
 M = TypeVar("M", bound=Model)
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "default_model"
-
-# The components of a Stable Diffusion 1.x or 2.x folder.
-COMPONENTS = (
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "unet",
-    "scheduler",
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)
 
 _MODELS = {
     "UNet2DConditionModel": "sdedit.models.unet",
@@ -54,7 +43,7 @@ def find_folder(
     use_safetensors: bool | None = None,
     **hub: Any,
 ) -> Path:
-    """The folder of a model: `path_or_id` itself if it is one, else what was downloaded from the hub or lies in its cache.
+    """The folder of a model: `path_or_id` itself if it is one, else what the hub has or its cache holds.
 
     Args:
         path_or_id: A folder, or a model id such as `"stable-diffusion-v1-5/stable-diffusion-v1-5"`.
@@ -194,9 +183,7 @@ def load_component(
     if class_name in _MODELS:
         cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
         if issubclass(cls, Model):
-            return load_model(
-                cls, folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors
-            )
+            return load_model(cls, folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors)
     else:
         cls = _transformers_class(name, class_name)
     if name in ("tokenizer", "feature_extractor"):
@@ -308,4 +295,16 @@ def save_components(
         for file in sorted(files, key=lambda p: p.name == "model_index.json"):
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+            file.replace(target)
+
+
+def cached_models() -> list[tuple[str, Path]]:
+    """Id and folder of each Stable Diffusion model in the hub's cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    folders = [(repo.repo_id, rev.snapshot_path) for repo in repos for rev in repo.revisions]
+    return sorted((name, path) for name, path in folders if (path / "model_index.json").is_file())

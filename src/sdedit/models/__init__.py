@@ -1,0 +1,1 @@
+"""Networks: UNet, autoencoders, safety checker."""

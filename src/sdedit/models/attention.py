@@ -112,13 +112,9 @@ class BasicTransformerBlock(nn.Module):
         self.only_cross_attention = only_cross_attention
         first = context_dim if only_cross_attention else None
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(
-            dim, heads, context_dim=first, dropout=dropout, upcast_attention=upcast_attention
-        )
+        self.attn1 = Attention(dim, heads, context_dim=first, dropout=dropout, upcast_attention=upcast_attention)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(
-            dim, heads, context_dim=context_dim, dropout=dropout, upcast_attention=upcast_attention
-        )
+        self.attn2 = Attention(dim, heads, context_dim=context_dim, dropout=dropout, upcast_attention=upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 

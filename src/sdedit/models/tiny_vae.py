@@ -38,7 +38,9 @@ class _TinyBlock(nn.Module):
 
 
 class _TinyEncoder(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, blocks: Sequence[int], channels: Sequence[int], act_fn: str):
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: Sequence[int], channels: Sequence[int], act_fn: str
+    ):
         super().__init__()
         layers: list[nn.Module] = []
         for i, (count, width) in enumerate(zip(blocks, channels, strict=True)):
@@ -107,10 +109,12 @@ class AutoencoderTiny(Model):
         ):
             if len(channels) != len(blocks):
                 raise ValueError(
-                    f"vae config: {name}_block_out_channels has {len(channels)} values and num_{name}_blocks {len(blocks)}; "
-                    "expected as many"
+                    f"vae config: {name}_block_out_channels has {len(channels)} values, "
+                    f"num_{name}_blocks {len(blocks)}; expected as many"
                 )
-        self.encoder = _TinyEncoder(in_channels, latent_channels, num_encoder_blocks, encoder_block_out_channels, act_fn)
+        self.encoder = _TinyEncoder(
+            in_channels, latent_channels, num_encoder_blocks, encoder_block_out_channels, act_fn
+        )
         self.decoder = _TinyDecoder(
             latent_channels,
             out_channels,

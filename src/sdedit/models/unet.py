@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,8 @@ class UNet2DConditionModel(Model):
         only_cross = _per_block("only_cross_attention", only_cross_attention, depth)
         channels = _per_block("block_out_channels", block_out_channels, depth)
         _per_block("up_block_types", up_block_types, depth)
+        if not isinstance(cross_attention_dim, int):
+            raise ValueError(f"unet config: cross_attention_dim={cross_attention_dim!r}; expected one number for all blocks")
         temb_channels = 4 * channels[0]
         resnet = {
             "temb_channels": temb_channels,
@@ -223,7 +225,7 @@ class UNet2DConditionModel(Model):
         for key, values in _FIXED.items():
             if made.config.get(key, values[0]) not in values:
                 raise ValueError(
-                    f"unet config: {key}={made.config[key]!r} belongs to a model that is not Stable Diffusion 1.x or 2.x; "
+                    f"unet config: {key}={made.config[key]!r} is of a model that is not Stable Diffusion 1.x or 2.x; "
                     f"expected {values[0]!r}"
                 )
         return made
@@ -268,7 +270,7 @@ class UNet2DConditionModel(Model):
 
         x = self.conv_in(sample)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast("Iterable[_Block]", self.down_blocks):
             for i in range(len(block.resnets)):
                 x = block.layer(i, x, temb, encoder_hidden_states)
                 skips.append(x)
@@ -283,7 +285,7 @@ class UNet2DConditionModel(Model):
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
 
-        for block in self.up_blocks:
+        for block in cast("Iterable[_Block]", self.up_blocks):
             for i in range(len(block.resnets)):
                 x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, encoder_hidden_states)
             if block.upsamplers is not None:

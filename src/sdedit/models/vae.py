@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion (Kingma & Welling 2013, arXiv 1312.6114; Rombach et al. 2021, arXiv 2112.10752)."""
+"""The autoencoder of Stable Diffusion (Kingma & Welling, arXiv 1312.6114; Rombach et al., arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import SpatialAttention
-from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, activation
+from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from sdedit.models.model import Model
 from sdedit.noise import randn
 from sdedit.output import Output
@@ -96,7 +96,13 @@ class Encoder(nn.Module):
     """Pixels (B, in_channels, H, W) to the parameters of the latents' distribution (B, 2·latent_channels, H/f, W/f)."""
 
     def __init__(
-        self, in_channels: int, latent_channels: int, channels: Sequence[int], layers: int, attention: bool, **resnet: Any
+        self,
+        in_channels: int,
+        latent_channels: int,
+        channels: Sequence[int],
+        layers: int,
+        attention: bool,
+        **resnet: Any,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -107,10 +113,11 @@ class Encoder(nn.Module):
         )
         self.mid_block = _VaeMidBlock(channels[-1], attention, **resnet)
         self.conv_norm_out = nn.GroupNorm(resnet["groups"], channels[-1], eps=_EPS)
-        self.conv_act = activation(resnet["act_fn"])
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pixels to the distribution's parameters."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -121,7 +128,13 @@ class Decoder(nn.Module):
     """Latents (B, latent_channels, H/f, W/f) to pixels (B, out_channels, H, W)."""
 
     def __init__(
-        self, latent_channels: int, out_channels: int, channels: Sequence[int], layers: int, attention: bool, **resnet: Any
+        self,
+        latent_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        layers: int,
+        attention: bool,
+        **resnet: Any,
     ) -> None:
         super().__init__()
         channels = list(reversed(channels))
@@ -133,10 +146,11 @@ class Decoder(nn.Module):
             for i, c in enumerate(channels)
         )
         self.conv_norm_out = nn.GroupNorm(resnet["groups"], channels[-1], eps=_EPS)
-        self.conv_act = activation(resnet["act_fn"])
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Latents to pixels."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -175,7 +189,9 @@ class AutoencoderKL(Model):
             if set(types) != {known} or len(types) != len(block_out_channels):
                 raise ValueError(f"vae config: {key}={list(types)}; expected {len(block_out_channels)} times {known!r}")
         if shift_factor is not None or latents_mean is not None or latents_std is not None:
-            raise ValueError("vae config: shift_factor, latents_mean and latents_std are not Stable Diffusion's; expected null")
+            raise ValueError(
+                "vae config: shift_factor, latents_mean and latents_std are not Stable Diffusion's; expected null"
+            )
         blocks = (block_out_channels, layers_per_block, mid_block_add_attention)
         resnet: dict[str, Any] = {"groups": norm_num_groups, "eps": _EPS, "act_fn": act_fn}
         self.encoder = Encoder(in_channels, latent_channels, *blocks, **resnet)

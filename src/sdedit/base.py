@@ -1,0 +1,123 @@
+"""What a pipeline is besides its call: its components, where they are, loading and saving them, the progress bar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from tqdm.auto import tqdm
+
+COMPONENTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+
+
+class Pipeline:
+    """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    unet: Any
+    scheduler: Any
+    safety_checker: Any
+    feature_extractor: Any
+    image_encoder: Any
+
+    def __init__(self, *, requires_safety_checker: bool, **components: Any) -> None:
+        for name in COMPONENTS:
+            setattr(self, name, components[name])
+        self.requires_safety_checker = requires_safety_checker
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name: `StableDiffusionImg2ImgPipeline(**pipe.components)` shares them."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the UNet."""
+        return torch.device(self.unet.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet."""
+        return self.unet.dtype  # type: ignore[no-any-return]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move and cast all networks, as `torch.nn.Module.to` does."""
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(*args, **kwargs)
+        return self
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments of tqdm for the progress bar, such as `disable=True`."""
+        self._progress_bar_config = kwargs
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Any]:
+        with tqdm(total=total, **self._progress_bar_config) as bar:
+            yield bar
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        **components_and_hub: Any,
+    ) -> Self:
+        """Load a pipeline from a model folder or a hub id; with no argument, the small model of the package.
+
+        Args:
+            pretrained_model_name_or_path: A folder with model_index.json, or an id such as
+                `"stable-diffusion-v1-5/stable-diffusion-v1-5"`.
+            torch_dtype: Dtype of all networks; float32 if not given.
+            variant: Such as `"fp16"`; components that have no such file use their ordinary one.
+            use_safetensors: `True` never reads pickles, `False` reads only them.
+            **components_and_hub: A component by its name, or `None` to leave it out (`safety_checker=None`), and
+                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub.
+
+        Raises:
+            FileNotFoundError: The model, or a file of it, is missing.
+            ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
+        """
+        from sdedit.loading.pretrained import load_components
+
+        return cls(
+            **load_components(
+                pretrained_model_name_or_path,
+                torch_dtype=torch_dtype,
+                variant=variant,
+                use_safetensors=use_safetensors,
+                **components_and_hub,
+            )
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        """Write all components to a folder that `from_pretrained`, and other tools, read back."""
+        from sdedit.loading.pretrained import save_components
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
+        save_components(self.components, self.requires_safety_checker, save_directory, variant)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
+        return f"{type(self).__name__}({parts})"

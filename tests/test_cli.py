@@ -1,0 +1,123 @@
+"""The command line as a user types it: a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image
+
+from sdedit.metadata import read_settings
+
+SDEDIT = Path(sys.executable).with_name("sdedit")
+
+
+def sdedit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "hub")}
+    return subprocess.run(
+        [SDEDIT, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with an input image in it."""
+    picture(60, 44).save(tmp_path / "in.png")
+    return tmp_path
+
+
+def test_run_and_again(work: Path, folder: Path) -> None:
+    ran = sdedit(
+        *("run", "in.png", "apple, red: 1", "-o", "out.png", "--model", folder, "--steps", 4, "--seed", 7),
+        *("--negative", "grey", "--scheduler", "euler-a", "--size", "original", "--strength", 0.6, "--guidance", 3),
+        cwd=work,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "seed 7" in ran.stdout
+    settings = read_settings(work / "out.png")
+    assert (settings.prompt, settings.negative, settings.seed) == ("apple, red: 1", "grey", 7)
+    assert (settings.sampler, settings.scheduler, settings.size) == ("Euler a", "euler-a", (60, 44))
+
+    # From another folder, under another name: the same picture.
+    (work / "elsewhere").mkdir()
+    ran = sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere")
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(work / "out.png") as first, Image.open(work / "elsewhere" / "twice.png") as second:
+        assert first.size == (60, 44)
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_again_wants_the_same_input_image(work: Path, folder: Path) -> None:
+    assert sdedit("run", "in.png", "a", "-o", "o.png", "--model", folder, "--steps", 1, cwd=work).returncode == 0
+    picture(60, 44, seed=1).save(work / "in.png")
+    ran = sdedit("again", "o.png", cwd=work)
+    assert ran.returncode == 0 and "its hash differs" in ran.stderr
+    (work / "in.png").unlink()
+    ran = sdedit("again", "o.png", cwd=work)
+    assert ran.returncode == 2 and "in.png does not exist" in ran.stderr
+
+
+def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
+    common = ("--model", folder, "--steps", 3, "--size", "64x64", "--scheduler", "ddpm")
+    assert sdedit("run", "in.png", "a", "-o", "o.png", "--count", 2, "--seed", 5, *common, cwd=work).returncode == 0
+    assert sdedit("run", "in.png", "a", "-o", "alone.png", "--seed", 6, *common, cwd=work).returncode == 0
+    assert read_settings(work / "o-2.png").seed == 6
+    with Image.open(work / "o-2.png") as batched, Image.open(work / "alone.png") as alone:
+        assert batched.size == (64, 64)
+        assert np.abs(np.asarray(batched).astype(int) - np.asarray(alone)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none.png", "a", "-o", "o.png"), "none.png does not exist"),
+        (("run", "broken.png", "a", "-o", "o.png"), "not an image"),
+        (("run", "in.png", "a", "-o", "nowhere/o.png"), "a folder that exists"),
+        (("run", "in.png", "a", "-o", "o"), "such as out.png"),
+        (("run", "in.png", "a", "-o", "o.png", "--scheduler", "best"), "expected one of ddim"),
+        (("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"), "expected a number from 0 to 1"),
+        (("run", "in.png", "a", "-o", "o.png", "--steps", "0", "--model", "FOLDER"), "num_inference_steps=0"),
+        (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "expected at least 1"),
+        (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),
+        (("run", "in.png", "a", "-o", "o.png", "--dtype", "int8"), "expected auto"),
+        (("run", "in.png", "a", "-o", "o.png", "--device", "tpu"), "cannot be used here"),
+        (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "could not be had from the hub"),
+        (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "0.001"), "at most 0"),
+        (("again", "in.png"), "carries no settings"),
+        (("run", "in.png"), "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    work: Path, folder: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (work / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    before = sorted(work.iterdir())
+    ran = sdedit(*(folder if a == "FOLDER" else a for a in arguments), cwd=work)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert sorted(p for p in work.iterdir() if p.name != "hub") == before
+
+
+def test_debug_gives_the_traceback(work: Path) -> None:
+    ran = sdedit("run", "none.png", "a", "-o", "o.png", "--debug", cwd=work)
+    assert ran.returncode != 0 and "Traceback" in ran.stderr
+
+
+def test_models_and_version(work: Path) -> None:
+    assert "default" in sdedit("models", cwd=work).stdout
+    assert sdedit("--version", cwd=work).stdout.startswith("sdedit ")
+
+
+def test_import_is_fast_and_light() -> None:
+    """Nothing heavy is imported before it is needed."""
+    heavy = "{'torch', 'transformers', 'numpy', 'PIL', 'diffusers', 'huggingface_hub'}"
+    for module in ("sdedit", "sdedit.cli"):
+        code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == "[]"
