@@ -10,16 +10,7 @@ from typing import Any, Self
 import torch
 from tqdm.auto import tqdm
 
-COMPONENTS = (
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "unet",
-    "scheduler",
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)
+from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
 
 
 class Pipeline:
@@ -96,8 +87,6 @@ class Pipeline:
             FileNotFoundError: The model, or a file of it, is missing.
             ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
         """
-        from sdedit.loading.pretrained import load_components
-
         return cls(
             **load_components(
                 pretrained_model_name_or_path,
@@ -112,8 +101,6 @@ class Pipeline:
         self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
         """Write all components to a folder that `from_pretrained`, and other tools, read back."""
-        from sdedit.loading.pretrained import save_components
-
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         save_components(self.components, self.requires_safety_checker, save_directory, variant)

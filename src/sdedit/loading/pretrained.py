@@ -8,19 +8,32 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sdedit.base import COMPONENTS
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json
 from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
-from sdedit.models.model import Model
 
-M = TypeVar("M", bound=Model)
+if TYPE_CHECKING:
+    from sdedit.models.model import Model
+
+M = TypeVar("M", bound="Model")
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "default_model"
+
+# The components of a Stable Diffusion 1.x or 2.x folder.
+COMPONENTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
 
 _MODELS = {
     "UNet2DConditionModel": "sdedit.models.unet",
@@ -182,7 +195,7 @@ def load_component(
         return getattr(schedulers, class_name).from_config(folder / "scheduler_config.json")
     if class_name in _MODELS:
         cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
-        if issubclass(cls, Model):
+        if name in ("unet", "vae"):
             return load_model(cls, folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors)
     else:
         cls = _transformers_class(name, class_name)
