@@ -30,6 +30,7 @@ class Pipeline:
             setattr(self, name, components[name])
         self.requires_safety_checker = requires_safety_checker
         self._progress_bar_config: dict[str, Any] = {}
+        self._interrupt = False
 
     @property
     def components(self) -> dict[str, Any]:
@@ -52,6 +53,20 @@ class Pipeline:
             if isinstance(part, torch.nn.Module):
                 part.to(*args, **kwargs)
         return self
+
+    @property
+    def interrupt(self) -> bool:
+        """Was the running call cancelled?"""
+        return self._interrupt
+
+    def cancel(self) -> None:
+        """Stop the running call after its current step, from a callback or another thread, and decode what there is."""
+        self._interrupt = True
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image for one of its latents, along a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments of tqdm for the progress bar, such as `disable=True`."""

@@ -98,6 +98,13 @@ def callback(on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> list
     return list(names)
 
 
+def callback_result(value: Any) -> Mapping[str, Any]:
+    """What a callback returned: tensors by name, or nothing."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"callback_on_step_end returned {type(value).__name__}; expected a dict of tensors, or None")
+    return value or {}
+
+
 def output_type(value: Any) -> None:
     """One of the four."""
     if value not in OUTPUT_TYPES:
@@ -109,7 +116,9 @@ def components(parts: Mapping[str, Any]) -> None:
     needed = {"vae": ("encode", "decode", "config"), "unet": ("forward", "config"), "scheduler": ("step", "add_noise")}
     for name, methods in needed.items():
         if not all(hasattr(parts[name], method) for method in methods):
-            raise ValueError(f"{name}: {type(parts[name]).__name__}; expected a model's {name}, as from_pretrained gives")
+            raise ValueError(
+                f"{name}: {type(parts[name]).__name__}; expected a model's {name}, as from_pretrained gives"
+            )
     if parts["safety_checker"] is not None and parts["feature_extractor"] is None:
         raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
     takes, gives = parts["unet"].config.in_channels, parts["vae"].config.latent_channels
@@ -130,7 +139,7 @@ def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
                 f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps"
             )
         values = value.tolist() if hasattr(value, "tolist") else value
-        ok = isinstance(values, (list, tuple)) and all(isinstance(v, numbers.Real) and v >= 0 for v in values)
+        ok = isinstance(values, (list, tuple)) and all(isinstance(v, numbers.Real) and float(v) >= 0 for v in values)
         if not ok or not values or any(not a > b for a, b in itertools.pairwise(values)):
             raise ValueError(
                 f"{name}={values!r:.80}; expected a list of numbers that fall from the noisiest to the cleanest"

@@ -88,6 +88,9 @@ class Configurable:
         made = cls(**{k: tuple(v) if isinstance(v, list) and k in cls._tuples() else v for k, v in values.items()})
         others = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
         made.register_to_config(**others)
+        # What was at its default stays so on its way through a class that does not know it.
+        at_default = {*made.config["_use_default_values"], *(left_at_default & set(others))}
+        object.__setattr__(made, "config", Config({**made.config, "_use_default_values": sorted(at_default)}))
         return made
 
     @classmethod

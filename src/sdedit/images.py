@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
+
+_TOLERANCE = 1e-3  # resampling and rounding overshoot
+_PILLOW_LIMIT = threading.Lock()  # Pillow's own limit is a global variable
 
 Array = np.ndarray[Any, Any]
 # What `image` may be, or a list of.
@@ -49,16 +53,20 @@ def open_image(path: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead, in check_size
-    try:
-        with Image.open(path) as image:
-            check_size(image.size, max_pixels)
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"image: {path} is not an image that can be read ({error})") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead, in check_size
+        try:
+            with Image.open(path) as image:
+                size = image.size
+                if max_pixels is None or size[0] * size[1] <= max_pixels:
+                    image.load()
+        except Exception as error:  # what Pillow's decoders raise on damaged files is of every class
+            reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"image: {path} is not an image that can be read ({reason})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    check_size(size, max_pixels)
+    return image
 
 
 def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
@@ -91,21 +99,27 @@ def read_images(image: ImageInput, latent_channels: int, max_pixels: int | None 
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if not images:
         raise ValueError("image: the list is empty; expected at least one image")
-    read = [part for one in images for part in _read_one(one, latent_channels, max_pixels)]
-    kinds = {latent for _, _, latent in read}
-    if len(kinds) > 1:
+    read = [_read_one(one, latent_channels, max_pixels) for one in images]
+    if len({latent for _, latent in read}) > 1:
         raise ValueError("image: the list mixes images and latents; expected one kind")
-    sizes = {tuple(pixels.shape[-2:]) for pixels, _, _ in read}
+    sizes = {array.shape[1:3] if not latent else array.shape[2:] for array, latent in read}
     if len(sizes) > 1:
         shown = ", ".join(f"{w}×{h}" for h, w in sorted(sizes))
         raise ValueError(
             f"image: the list has several sizes ({shown}, width×height); expected one: resize, or call once a size"
         )
-    return Images(torch.stack([pixels for pixels, _, _ in read]), [alpha for _, alpha, _ in read], kinds.pop())
+    if read[0][1]:
+        latents = torch.from_numpy(np.concatenate([array for array, _ in read]))
+        return Images(latents, [None] * len(latents), latent=True)
+    # Values in [-1, 1] are told from [0, 1] by all images of the list: a light one has no negative values.
+    units = [_to_unit(array) for array, _ in read]
+    signed = any(float(array.min()) < -_TOLERANCE for array in units)
+    composed = [_composite((one / 2 + 0.5 if signed else one).clip(0, 1)) for array in units for one in array]
+    return Images(torch.stack([pixels for pixels, _ in composed]), [alpha for _, alpha in composed])
 
 
-def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> list[tuple[Tensor, Tensor | None, bool]]:
-    """(pixels (3, H, W) or latents, alpha, is latent) of a PIL image, or of each image of an array or tensor."""
+def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> tuple[Array, bool]:
+    """A PIL image, array or tensor as (B, H, W, C), or latents as (B, C, h, w); and whether it is latents."""
     if isinstance(image, Image.Image):
         check_size(image.size, max_pixels)
         array = pil_to_array(image)[None]
@@ -113,19 +127,20 @@ def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> list[
         batch = image.detach().cpu()[None] if image.ndim == 3 else image.detach().cpu()
         if batch.ndim != 4:
             raise ValueError(f"image: a tensor of shape {list(image.shape)}; expected (C, H, W) or (B, C, H, W)")
+        array = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
         if batch.shape[1] == latent_channels and latent_channels not in (1, 3):
-            _check_finite(batch)
-            return [(latents, None, True) for latents in batch.float()]
+            if not batch.is_floating_point() or not batch.numel():
+                raise ValueError(f"image: latents {list(image.shape)} of {image.dtype}; expected floats, at least one")
+            _check_finite(array)
+            return array, True
         if batch.shape[1] not in (1, 3):
             raise ValueError(
                 f"image: a tensor with {batch.shape[1]} channels; expected 1 or 3, or {latent_channels} for latents"
             )
-        array = batch.float().numpy() if batch.is_floating_point() else batch.numpy()
         array = array.transpose(0, 2, 3, 1)
     elif isinstance(image, np.ndarray):
-        array = {2: image[None, ..., None] if image.ndim == 2 else image, 3: image[None], 4: image}.get(
-            image.ndim, image
-        )
+        array = image[..., None] if image.ndim == 2 else image
+        array = array[None] if array.ndim == 3 else array
         if array.ndim != 4 or array.shape[-1] not in (1, 2, 3, 4):
             raise ValueError(
                 f"image: an array of shape {list(image.shape)}; "
@@ -136,50 +151,65 @@ def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> list[
             f"image: {type(image).__name__}; expected a PIL image, a NumPy array, a tensor, or a list of them "
             "(open a file with sdedit.images.open_image)"
         )
+    if not len(array):
+        raise ValueError(f"image: a batch of shape {list(array.shape)}; expected at least one image")
     check_size((array.shape[2], array.shape[1]), max_pixels)
-    return [(*_composite(one), False) for one in _to_unit(array)]
+    return array, False
 
 
 def pil_to_array(image: Image.Image) -> Array:
     """A PIL image of any mode, upright, as (H, W, C) in [0, 1]; C is 3, or 4 if it has transparency."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # PIL would clip these to 8 bits. All of its 32-bit whole-number images come from 16-bit files.
-        grey = np.clip(np.asarray(image).astype(np.float32) / 65535, 0, 1)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    transparent = "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info
     try:
-        image = image.convert("RGBA" if transparent else "RGB")
-    except ValueError as error:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            return _deep_to_array(image)
+        image = image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
+        transparent = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+        return np.asarray(image.convert("RGBA" if transparent else "RGB")).astype(np.float32) / 255
+    except Exception as error:  # decoding may begin only here
         raise ValueError(
-            f"image: mode {image.mode} has no conversion to RGB ({error}): save it as PNG first"
+            f"image: this {image.mode} picture cannot be read as RGB ({error}); save it as an ordinary PNG first"
         ) from error
-    return np.asarray(image).astype(np.float32) / 255
+
+
+def _deep_to_array(image: Image.Image) -> Array:
+    """PIL's modes of more than 8 bits, all of them grey, as (H, W, 3) in [0, 1]; PIL itself would clip them.
+
+    "I;16" fills 16 bits. "I" and "F" are containers: what lies in them is taken to fill 16 bits if it exceeds 8, and
+    fractions to be in [0, 1] if none exceeds 1.
+    """
+    grey = np.asarray(image).astype(np.float32)
+    _check_finite(grey)
+    low, high = float(grey.min()), float(grey.max())
+    top = 65535 if image.mode.startswith("I;16") or high > 255 else 1 if image.mode == "F" and high <= 1 else 255
+    if low < 0 or high > top:
+        raise ValueError(f"values from {low:g} to {high:g}; expected 0 to {top}")
+    return np.repeat(grey[..., None] / top, 3, axis=-1)
 
 
 def _to_unit(array: Array) -> Array:
-    """(B, H, W, C) of whole numbers, or of floats in [0, 1] or [-1, 1], to float32 in [0, 1]."""
+    """(B, H, W, C) of whole numbers, or of floats in [0, 1] or [-1, 1], to float32; floats keep their range."""
     if array.dtype == bool:
         return array.astype(np.float32)
     if np.issubdtype(array.dtype, np.integer):
-        top = {"uint8": 255, "uint16": 65535}.get(array.dtype.name, 255)
-        if array.size and (array.min() < 0 or array.max() > top):
+        top = 65535 if array.dtype == np.uint16 else 255
+        if array.min() < 0 or array.max() > top:
             raise ValueError(f"image: whole numbers from {array.min()} to {array.max()}; expected 0 to {top}")
         return array.astype(np.float32) / top
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"image: an array of {array.dtype}; expected uint8, uint16, bool or floating point")
     array = array.astype(np.float32)
-    _check_finite(torch.from_numpy(array))
+    _check_finite(array)
     low, high = float(array.min()), float(array.max())
-    if low < -1.001 or high > 1.001:
+    if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
         raise ValueError(
             f"image: values from {low:g} to {high:g}; expected floats in [0, 1] or [-1, 1] (divide by 255), or uint8"
         )
-    return array / 2 + 0.5 if low < 0 else array
+    return array
 
 
-def _check_finite(values: Tensor) -> None:
-    if not torch.isfinite(values).all():
+def _check_finite(values: Array) -> None:
+    if not np.isfinite(values).all():
         raise ValueError("image: it holds NaN or infinite values; expected finite ones")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         scheduler: Any of `sdedit.schedulers`.
         safety_checker, feature_extractor: Both or neither; without them nothing is checked.
         image_encoder: CLIP's vision model, for IP-Adapter.
-        requires_safety_checker: Kept in model_index.json; warns if it is true and there is no safety checker.
+        requires_safety_checker: Kept in model_index.json, for other tools.
 
     Attributes:
         max_pixels: Larger input images are refused; `None` for no limit.
@@ -70,7 +71,6 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         self.max_pixels: int | None = MAX_PIXELS
         self.num_timesteps = 0
         self._guidance_scale = 0.0
-        self._interrupt = False
 
     @torch.no_grad()
     def __call__(
@@ -128,11 +128,11 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         Raises:
             ValueError, TypeError: An argument is not as described; the message names it.
         """
-        checks.number("strength", strength, 0, 1)
-        checks.whole_number("num_inference_steps", num_inference_steps, 1)
-        checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        checks.number("guidance_scale", guidance_scale)
-        checks.number("eta", eta, 0, 1)
+        strength = checks.number("strength", strength, 0, 1)
+        num_inference_steps = checks.whole_number("num_inference_steps", num_inference_steps, 1)
+        num_images_per_prompt = checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        guidance_scale = checks.number("guidance_scale", guidance_scale)
+        eta = checks.number("eta", eta, 0, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(
@@ -164,7 +164,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         latents = self._encode(images, of_image, generator)
 
         # 3. Noise them to the level that strength asks for.
-        steps = self._timesteps(num_inference_steps, strength, timesteps, sigmas)
+        start = functools.partial(self._timesteps, num_inference_steps, strength, timesteps, sigmas)
+        steps = start()
         if len(steps):
             noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
             latents = self.scheduler.add_noise(latents, noise, steps[:1].repeat(len(latents)))
@@ -176,8 +177,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 steps,
                 embeds,
                 negative_embeds,
+                self._unet_arguments(cross_attention_kwargs, len(latents)),
                 self._step_arguments(eta, generator),
                 (callback_on_step_end, wanted),
+                start,
             )
         if output_type == "latent":
             return StableDiffusionPipelineOutput(latents) if return_dict else (latents, None)
@@ -223,6 +226,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             checks.either("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
         if clip_skip is not None:
             checks.whole_number("clip_skip", clip_skip, 0)
+        negative = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         width = self.unet.config.cross_attention_dim
         dtype, device = self.unet.dtype, device or self.device
 
@@ -234,10 +238,11 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         if not do_classifier_free_guidance:
             return prompt_embeds.repeat_interleave(num_images_per_prompt, 0), None
         if negative_prompt_embeds is None:
-            texts = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-            if len(texts) not in (1, count):
-                raise ValueError(f"negative_prompt: {len(texts)} of them for {count} prompts; expected one, or as many")
-            negative_prompt_embeds = self._encode_texts(texts, max_length=length)
+            if len(negative) not in (1, count):
+                raise ValueError(
+                    f"negative_prompt: {len(negative)} of them for {count} prompts; expected one, or as many"
+                )
+            negative_prompt_embeds = self._encode_texts(negative, max_length=length)
         negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(
             device, dtype
         )
@@ -307,6 +312,12 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             )
         return steps
 
+    def _unet_arguments(self, cross_attention_kwargs: dict[str, Any] | None, batch: int) -> dict[str, Any]:
+        """What every call of the UNet gets beside latents, time and text."""
+        dim = self.unet.config.time_cond_proj_dim
+        condition = None if dim is None else prompts.guidance_scale_embedding(self.guidance_scale, dim, batch)
+        return {"timestep_cond": condition, "cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
+
     def _step_arguments(self, eta: float, generator: Generator) -> dict[str, Any]:
         """What this scheduler's `step` takes of `eta` and `generator`."""
         taken = inspect.signature(self.scheduler.step).parameters
@@ -318,60 +329,53 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         steps: Tensor,
         embeds: Tensor,
         negative_embeds: Tensor | None,
+        unet_arguments: dict[str, Any],
         step_arguments: dict[str, Any],
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
+        restart: Callable[[], Tensor],
     ) -> Tensor:
-        """Noisy latents to clean ones, one UNet call a timestep."""
-        begin = getattr(self.scheduler, "begin_index", None)
+        """Noisy latents to clean ones, one UNet call a timestep; `restart` readies the scheduler for a second run."""
+        # Callbacks know prompt embeds as the UNet's batch: the negative half first.
+        both = embeds if negative_embeds is None else torch.cat([negative_embeds, embeds])
+        tensors = {"latents": latents, "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
+        own, scale = self.unet.dtype, self._guidance_scale  # a callback may change the scale
 
         def run(dtype: torch.dtype) -> Tensor:
-            if begin is not None:
-                self.scheduler.set_begin_index(begin)
-            negative = None if negative_embeds is None else negative_embeds.to(dtype)
-            return self._loop(latents.to(dtype), steps, embeds.to(dtype), negative, step_arguments, callback)
+            self._guidance_scale = scale
+            cast = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+            condition = unet_arguments["timestep_cond"]
+            extra = {**unet_arguments, "timestep_cond": None if condition is None else condition.to(cast["latents"])}
+            return self._loop(steps if dtype == own else restart(), cast, extra, step_arguments, callback)
 
         return finite("UNet", self.unet, run, step_arguments.get("generator"))
 
     def _loop(
         self,
-        latents: Tensor,
         steps: Tensor,
-        embeds: Tensor,
-        negative_embeds: Tensor | None,
+        tensors: dict[str, Any],
+        unet_arguments: dict[str, Any],
         step_arguments: dict[str, Any],
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
     ) -> Tensor:
-        # Callbacks know prompt embeds as the UNet's batch: the negative half first.
-        tensors: dict[str, Any] = {
-            "prompt_embeds": embeds if negative_embeds is None else torch.cat([negative_embeds, embeds]),
-            "negative_prompt_embeds": negative_embeds,
-        }
-        condition = None
-        if self.unet.config.time_cond_proj_dim is not None:
-            dim = self.unet.config.time_cond_proj_dim
-            condition = prompts.guidance_scale_embedding(self.guidance_scale, dim, len(latents)).to(latents)
         on_step_end, wanted = callback
         order = getattr(self.scheduler, "order", 1)
         with self._progress(-(-len(steps) // order)) as bar:
             for i, t in enumerate(steps):
                 if self._interrupt:
                     break
-                guided = self.do_classifier_free_guidance
+                latents, guided = tensors["latents"], self.do_classifier_free_guidance
                 sample = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                prediction = self.unet(sample, t, tensors["prompt_embeds"], timestep_cond=condition, return_dict=False)[
-                    0
-                ]
+                prediction = self.unet(sample, t, tensors["prompt_embeds"], **unet_arguments)[0]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
                     prediction = without + self.guidance_scale * (with_prompt - without)
-                latents = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
+                tensors["latents"] = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
                 if on_step_end is not None:
-                    tensors["latents"] = latents
-                    tensors.update(on_step_end(self, i, t, {name: tensors[name] for name in wanted}) or {})
-                    latents = tensors["latents"]
+                    seen = {name: tensors[name] for name in wanted}
+                    tensors.update(checks.callback_result(on_step_end(self, i, t, seen)))
                 if (i + 1) % order == 0 or i + 1 == len(steps):
                     bar.update()
-        return latents
+        return tensors["latents"]
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -392,17 +396,3 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
     def do_classifier_free_guidance(self) -> bool:
         """Is the UNet called with and without the prompt?"""
         return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
-    @property
-    def interrupt(self) -> bool:
-        """Was the running call cancelled?"""
-        return self._interrupt
-
-    def cancel(self) -> None:
-        """Stop the running call after its current step, from a callback or another thread, and decode what there is."""
-        self._interrupt = True
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels of an image for one of its latents, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))

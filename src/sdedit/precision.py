@@ -41,7 +41,8 @@ def finite(stage: str, module: Any, run: Callable[[torch.dtype], Tensor], genera
     try:
         result = run(torch.float32)
     finally:
-        module.to(dtype)
+        if dtype != torch.float32:
+            module.to(dtype)
     if not torch.isfinite(result).all():
         raise RuntimeError(f"{stage}: NaN or infinity in float32: the weights or the prompt embeds are damaged")
     return result

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Callable, Collection, Mapping
+import re
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -82,18 +83,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged, or a pickle that is not only tensors ({reason})") from error
-    if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
+        # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        plain = str(error) and "weights_only" not in str(error)
+        reason = str(error).split("\n")[0] if plain else type(error).__name__
+        if code:
+            reason = f"it names {code[1]}, which is code, and code is not run"
+        raise ValueError(
+            f"{path} is damaged, or a pickle that is not only tensors ({reason}): use the .safetensors file instead"
+        ) from error
+    if not isinstance(held, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in held.items()):
         raise ValueError(f"{path} holds something other than named tensors; expected the weights of one network")
     return held
 
 
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 def fill(
     model: nn.Module,
-    files: Collection[Path],
+    files: Sequence[Path],
     *,
     dtype: torch.dtype | None,
     rename: Callable[[str, Expected], str | None] = lambda name, expected: name,
@@ -119,6 +131,8 @@ def fill(
                 tensors[ours] = tensor
     compare({k: t.shape for k, t in expected.items()}, {k: t.shape for k, t in tensors.items()}, model, files)
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{files[0]}: {name} holds {tensor.dtype}; expected {expected[name].dtype} or the like")
         if dtype is not None and tensor.is_floating_point():
             tensors[name] = tensor.to(dtype)
     model.load_state_dict(tensors, strict=True, assign=True)

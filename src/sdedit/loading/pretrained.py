@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from sdedit.config import FORMAT_VERSION
-from sdedit.files import read_json
+from sdedit.files import read_json, refuse_lfs_pointer
 from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _SMALL_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")
 
 
+_HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
+
+
 def find_folder(
     path_or_id: str | os.PathLike[str],
     *,
@@ -67,6 +70,8 @@ def find_folder(
     Raises:
         FileNotFoundError: It is neither a folder nor a model id, or the hub does not have it, or is out of reach.
     """
+    if wrong := sorted(set(hub) - _HUB):
+        raise TypeError(f"from_pretrained has no argument {', '.join(wrong)}")
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if Path(path_or_id).is_file():
@@ -74,9 +79,6 @@ def find_folder(
     text = str(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
         raise FileNotFoundError(f"{text} is no folder here, nor a model id such as 'owner/name'")
-    if wrong := sorted(set(hub) - {"revision", "cache_dir", "local_files_only", "token", "force_download"}):
-        raise TypeError(f"from_pretrained has no argument {', '.join(wrong)}")
-
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -90,7 +92,7 @@ def find_folder(
         # Its errors have many classes in many libraries; the model's absence is all that they can mean here.
         raise FileNotFoundError(
             f"{text} is no folder here, and could not be had from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}): check the name and the network, or give a folder"
+            f"{' '.join(str(error).split())[:300]}): check the name and the network, or give a folder"
         ) from error
 
 
@@ -142,7 +144,7 @@ def load_model(
     """Load one of our networks; see `Model.from_pretrained`."""
     root = find_folder(
         path_or_id,
-        components=[subfolder] if subfolder else None,
+        components=[subfolder or ""],
         variant=variant,
         use_safetensors=use_safetensors,
         **hub,
@@ -209,6 +211,8 @@ def _transformers_class(name: str, class_name: str) -> Any:
 
     # The class that 2022's folders name has gone from transformers.
     class_name = {"CLIPFeatureExtractor": "CLIPImageProcessor"}.get(class_name, class_name)
+    if class_name == "CLIPImageProcessor" and hasattr(transformers, "CLIPImageProcessorPil"):
+        class_name = "CLIPImageProcessorPil"  # what the other becomes, with a message, where torchvision is absent
     cls = getattr(transformers, class_name, None) if class_name.startswith("CLIP") else None
     if cls is None:
         raise ValueError(f"{name}: {class_name} is not a part of Stable Diffusion 1.x or 2.x; expected a CLIP class")
@@ -219,6 +223,8 @@ def _load_processor(cls: Any, folder: Path) -> Any:
     """A tokenizer or image processor, by transformers' own reader, whose errors get the folder's name."""
     for file in sorted(folder.glob("*.json")):
         read_json(file)
+    for file in sorted(folder.glob("*.txt")):
+        refuse_lfs_pointer(file)
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -247,6 +253,9 @@ def load_components(
     folder = find_folder(path_or_id or DEFAULT_MODEL, components=set(COMPONENTS) - set(parts), **hub)
     index = read_json(folder / "model_index.json")
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    for name, entry in listed.items():
+        if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
+            raise ValueError(f"{folder / 'model_index.json'}: {name} is {entry!r}; expected [library, class]")
     if unknown := sorted(set(listed) - set(COMPONENTS)):
         raise ValueError(
             f"{folder} holds a {index.get('_class_name')}, with {', '.join(unknown)}; "
@@ -300,6 +309,8 @@ def save_components(
             class_name = type(part).__name__
             if class_name == "StableDiffusionSafetyChecker":
                 library = "stable_diffusion"
+            if class_name == "CLIPImageProcessorPil":
+                class_name = "CLIPImageProcessor"  # the name that every release knows
             index[name] = [library, class_name]
             weights = {"variant": variant} if variant and isinstance(part, torch.nn.Module) else {}
             part.save_pretrained(Path(temporary) / name, **weights)

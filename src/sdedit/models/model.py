@@ -42,7 +42,7 @@ class Model(nn.Module, Configurable):
         Args:
             pretrained_model_name_or_path: A folder with `config.json` and weights, or a model id on the hub.
             subfolder: Folder inside it, such as `"unet"`.
-            torch_dtype: Dtype of the parameters; as stored if not given.
+            torch_dtype: Dtype of the parameters; float32 if not given.
             variant: Such as `"fp16"`, for `diffusion_pytorch_model.fp16.safetensors`.
             use_safetensors: `True` never reads pickles, `False` reads only pickles; safetensors first if not given.
             **hub: `revision`, `cache_dir`, `local_files_only`, `token`, `force_download`, as in huggingface_hub.

@@ -148,7 +148,7 @@ class UNet2DConditionModel(Model):
         channels = _per_block("block_out_channels", block_out_channels, depth)
         _per_block("up_block_types", up_block_types, depth)
         if not isinstance(cross_attention_dim, int):
-            raise ValueError(f"unet config: cross_attention_dim={cross_attention_dim!r}; expected one number for all blocks")
+            raise ValueError(f"unet config: cross_attention_dim={cross_attention_dim!r}; expected one number")
         temb_channels = 4 * channels[0]
         resnet = {
             "temb_channels": temb_channels,
@@ -241,6 +241,7 @@ class UNet2DConditionModel(Model):
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
+        **others: None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict from noisy latents.
 
@@ -254,9 +255,11 @@ class UNet2DConditionModel(Model):
             down_block_additional_residuals: One a skip connection, added to it (ControlNet).
             mid_block_additional_residual: Added to the features in the middle (ControlNet).
             return_dict: `False` for a plain tuple.
+            others: What other models take, such as `added_cond_kwargs`; must be `None`.
         """
-        if class_labels is not None:
-            raise ValueError("class_labels: Stable Diffusion has no classes; expected None")
+        for name, value in {"class_labels": class_labels, **others}.items():
+            if value is not None:
+                raise ValueError(f"{name}: Stable Diffusion's UNet does not take any; expected None")
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])

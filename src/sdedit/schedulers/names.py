@@ -1,0 +1,99 @@
+"""Names of schedulers: those of the classes, those of the command line, and the labels that other tools write."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sdedit.schedulers.base import Scheduler
+
+# Public class: module of this package.
+CLASS_NAMES = {
+    "DDIMScheduler": "training_steps",
+    "DDPMScheduler": "training_steps",
+    "PNDMScheduler": "training_steps",
+    "LCMScheduler": "training_steps",
+    "TCDScheduler": "training_steps",
+    "EulerDiscreteScheduler": "exploding",
+    "EulerAncestralDiscreteScheduler": "exploding",
+    "LMSDiscreteScheduler": "exploding",
+    "HeunDiscreteScheduler": "exploding",
+    "KDPM2DiscreteScheduler": "exploding",
+    "KDPM2AncestralDiscreteScheduler": "exploding",
+    "DPMSolverSDEScheduler": "exploding",
+    "DPMSolverMultistepScheduler": "log_snr",
+    "DPMSolverSinglestepScheduler": "log_snr",
+    "DEISMultistepScheduler": "log_snr",
+    "UniPCMultistepScheduler": "log_snr",
+}
+
+
+class Named(NamedTuple):
+    """A scheduler by its short name.
+
+    Attributes:
+        class_name: One of `CLASS_NAMES`.
+        label: Sampler as AUTOMATIC1111's web UI writes it into the metadata of a PNG.
+        options: Config values that make it what the name says.
+    """
+
+    class_name: str
+    label: str
+    options: Mapping[str, Any] = {}
+
+
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+SCHEDULERS = {
+    "ddim": Named("DDIMScheduler", "DDIM"),
+    "ddpm": Named("DDPMScheduler", "DDPM"),
+    "pndm": Named("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
+    "euler": Named("EulerDiscreteScheduler", "Euler"),
+    "euler-karras": Named("EulerDiscreteScheduler", "Euler Karras", _KARRAS),
+    "euler-a": Named("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": Named("HeunDiscreteScheduler", "Heun"),
+    "lms": Named("LMSDiscreteScheduler", "LMS"),
+    "lms-karras": Named("LMSDiscreteScheduler", "LMS Karras", _KARRAS),
+    "dpm2": Named("KDPM2DiscreteScheduler", "DPM2"),
+    "dpm2-karras": Named("KDPM2DiscreteScheduler", "DPM2 Karras", _KARRAS),
+    "dpm2-a": Named("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    "dpm2-a-karras": Named("KDPM2AncestralDiscreteScheduler", "DPM2 a Karras", _KARRAS),
+    "dpm++-2m": Named("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "dpm++-2m-karras": Named("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
+    "dpm++-2m-sde": Named("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
+    "dpm++-2m-sde-karras": Named("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", _SDE | _KARRAS),
+    "dpm++-2s": Named("DPMSolverSinglestepScheduler", "DPM++ 2S"),
+    "dpm++-2s-karras": Named("DPMSolverSinglestepScheduler", "DPM++ 2S Karras", _KARRAS),
+    "dpm++-sde": Named("DPMSolverSDEScheduler", "DPM++ SDE"),
+    "dpm++-sde-karras": Named("DPMSolverSDEScheduler", "DPM++ SDE Karras", _KARRAS),
+    "deis": Named("DEISMultistepScheduler", "DEIS"),
+    "unipc": Named("UniPCMultistepScheduler", "UniPC"),
+    "lcm": Named("LCMScheduler", "LCM"),
+    "tcd": Named("TCDScheduler", "TCD"),
+}
+
+
+def resolve(class_name: str) -> type[Scheduler]:
+    """The class of a name in `CLASS_NAMES`, imported."""
+    if class_name not in CLASS_NAMES:
+        raise ValueError(f"scheduler: no class {class_name!r}; there are {', '.join(CLASS_NAMES)}")
+    module = importlib.import_module(f"sdedit.schedulers.{CLASS_NAMES[class_name]}")
+    found: type[Scheduler] = getattr(module, class_name)
+    return found
+
+
+def make_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> Scheduler:
+    """Make the scheduler of a short name, with the noise schedule of a model.
+
+    Args:
+        name: A key of `SCHEDULERS`, as "dpm++-2m-karras".
+        config: Config of the model's own scheduler, of whichever class.
+        **overrides: Further options of the class.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler: no {name!r}; there are {', '.join(SCHEDULERS)}")
+    found = SCHEDULERS[name]
+    return resolve(found.class_name).from_config(config or {}, **{**found.options, **overrides})

@@ -1,0 +1,37 @@
+"""Solvers: each a function from a run and the place of a row in it to the row, in floats. No state, no framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdedit.schedulers.rows import Row
+from sdedit.schedulers.schedule import Run
+
+
+def x0_of(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(p, q) such that x0 = p·x + q·output, for x = α x0 + σ ε with α² + σ² = 1.
+
+    Args:
+        prediction: "epsilon" is ε, "sample" is x0, "v_prediction" is v = α ε - σ x0 (arXiv 2202.00512).
+    """
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return alpha, -sigma
+    if alpha == 0:
+        raise ValueError(
+            "prediction_type: at zero SNR (rescale_betas_zero_snr) noise predicted from noise says nothing of the "
+            "image; the model must have prediction_type 'v_prediction' or 'sample', or timestep_spacing 'leading'"
+        )
+    return 1 / alpha, -sigma / alpha
+
+
+def preserving(run: Run, i: int, alpha: float, sigma: float, **update: Any) -> Row:
+    """Row of a solver whose sample is x = α x0 + σ ε, which the UNet sees as it is."""
+    return Row(run.times[i], *x0_of(run.config["prediction_type"], alpha, sigma), **update)
+
+
+def levels(s: float) -> tuple[float, float]:
+    """(α, σ) with σ/α = s and α² + σ² = 1."""
+    alpha = (1 + s * s) ** -0.5
+    return alpha, s * alpha

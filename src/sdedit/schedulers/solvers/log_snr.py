@@ -1,0 +1,197 @@
+"""Exponential integrators in λ = log(α/σ): DPM-Solver, DPM-Solver++, their SDE forms, DEIS and UniPC.
+
+In λ the probability-flow equation has an exact linear part (Lu et al. 2022, arXiv 2206.00927 and 2211.01095), so a
+step of h = λ' - λ is a factor times x plus an integral of the prediction m, which is expanded in δ/h: D0 + D1 δ/h + ….
+With φ1 = (e^z - 1)/z and φ2 = (e^z - 1 - z)/z²,
+
+    x' = a x + k [z φ1 D0 + (φ1 - 1) D1 + (φ2 - 1/2) D2] + c z
+
+| algorithm       | m  | a         | k    | z   | c                |
+|-----------------|----|-----------|------|-----|------------------|
+| dpmsolver       | ε  | α'/α      | -σ'  | h   | 0                |
+| dpmsolver++     | x0 | σ'/σ      | -α'  | -h  | 0                |
+| sde-dpmsolver   | ε  | α'/α      | -2σ' | h   | σ' √(e^2h - 1)   |
+| sde-dpmsolver++ | x0 | e^-h σ'/σ | -α'  | -2h | σ' √(1 - e^-2h)  |
+
+The midpoint form of second order takes (z φ1)/2 in place of φ1 - 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sdedit.schedulers.rows import Row
+from sdedit.schedulers.schedule import Array, Run
+from sdedit.schedulers.solvers import levels, preserving
+from sdedit.schedulers.solvers.exploding import lagrange_integrals
+
+
+def _row(run: Run, i: int, *, of_x0: bool) -> Row:
+    """Row with m = x0 if `of_x0`, else m = ε; no update yet."""
+    alpha, sigma = levels(run.s[i])
+    return preserving(run, i, alpha, sigma, **({"m_x0": 1.0} if of_x0 else {"m_x": 1 / sigma, "m_x0": -alpha / sigma}))
+
+
+def _order(run: Run, i: int, *, euler_at_final: bool = False) -> int:
+    """Order of row i: what the history allows; 1 where the step leads to s = 0; 2, then 1 at the end of a short run."""
+    left, c = len(run.times) - i, run.config
+    allowed = left if c["lower_order_final"] and len(run.times) < 15 and left <= 2 else c["solver_order"]
+    if run.s[i + 1] == 0 or (euler_at_final and left == 1):
+        return 1
+    return int(min(c["solver_order"], i - run.first + 1, allowed))
+
+
+def phi2(z: float) -> float:
+    """(e^z - 1 - z)/z², by its series where the difference would cancel."""
+    if abs(z) < 1e-2:
+        return 1 / 2 + z / 6 + z**2 / 24 + z**3 / 120 + z**4 / 720
+    return (math.expm1(z) - z) / z**2
+
+
+def _dpm(run: Run, i: int, s: float, expansion: Array, *, anchored: bool = False, **update: float) -> Row:
+    """The row of a DPM-Solver step from level s, where the sample is, or the anchor.
+
+    Args:
+        expansion: (order, predictions), D0, D1 … as combinations of predictions.
+    """
+    algorithm, after = run.config["algorithm_type"], run.s[i + 1]
+    (alpha, sigma), (alpha_after, sigma_after) = levels(s), levels(after)
+    shrink = after / s  # e^-h; 0 for the step to s = 0, where h is infinite
+    stochastic, of_x0 = algorithm.startswith("sde"), algorithm.endswith("++")
+    if of_x0:
+        power = shrink**2 if stochastic else shrink  # e^z
+        a, k = sigma_after / sigma * (shrink if stochastic else 1), -alpha_after
+    else:
+        a, k, power = alpha_after / alpha, -sigma_after * (2 if stochastic else 1), 1 / shrink
+    weights = k * (power - 1) * expansion[0]
+    if len(expansion) == 2 and run.config["solver_type"] == "midpoint":
+        weights = weights + k * (power - 1) / 2 * expansion[1]
+    elif len(expansion) >= 2:
+        z = math.log(power)
+        weights = weights + k * ((math.expm1(z) / z if z else 1) - 1) * expansion[1]
+        if len(expansion) == 3:
+            # As published; but the integral of D2 (δ/h)² is twice this, so multistep "order 3" converges at order 2,
+            # and in the SDE form the sign of 1/2 keeps the term from vanishing with h. tests/schedulers measures it.
+            weights = weights + k * (phi2(z) + (1 / 2 if stochastic else -1 / 2)) * expansion[2]
+    if stochastic:
+        c = sigma_after * math.sqrt(max(1 - shrink**2, 0.0)) / (1 if of_x0 else shrink)
+        update |= {"c": c, "draw": 1.0}
+    return _row(run, i, of_x0=of_x0)._replace(b=tuple(weights), **{"p" if anchored else "a": a}, **update)
+
+
+def dpm_multistep(run: Run, i: int) -> Row:
+    """DPM-Solver with the predictions of earlier steps as its history, orders 1 to 3."""
+    order = _order(run, i, euler_at_final=run.config["euler_at_final"])
+    m = np.eye(order)
+    if order == 1:
+        return _dpm(run, i, run.s[i], m)
+    h = [math.log(run.s[j] / run.s[j + 1]) for j in range(i, i - order, -1)]  # of this step, the one before, …
+    near = (m[0] - m[1]) * h[0] / h[1]
+    if order == 2:
+        return _dpm(run, i, run.s[i], np.stack([m[0], near]))
+    bend = near - (m[1] - m[2]) * h[0] / h[2]
+    return _dpm(run, i, run.s[i], np.stack([m[0], near + h[1] / (h[1] + h[2]) * bend, h[0] / (h[1] + h[2]) * bend]))
+
+
+def singlestep_orders(steps: int, order: int, *, lower_order_final: bool, to_zero: bool) -> list[int]:
+    """Order of each row: blocks of 1, 2, … `order`, in which each row starts from the block's first sample.
+
+    Args:
+        lower_order_final: Let the last row start a block of its own where it would end one.
+        to_zero: The last row leads to s = 0 and so is of first order.
+    """
+    orders = [i % order + 1 for i in range(steps)]
+    if to_zero or (lower_order_final and orders[-1] == order):
+        orders[-1] = 1
+    return orders
+
+
+def dpm_singlestep(run: Run, i: int) -> Row:
+    """DPM-Solver whose steps of order 2 and 3 span two or three levels of the grid, each evaluated once."""
+    c = run.config
+    to_zero = c["final_sigmas_type"] == "zero"
+    orders = singlestep_orders(run.steps, c["solver_order"], lower_order_final=c["lower_order_final"], to_zero=to_zero)
+    order = min(orders[i], i - run.first + 1)
+    start = run.s[i - order + 1]  # the anchor's level, then those of the rows since
+    m = np.eye(order)[::-1]  # m[0] is the oldest prediction
+    if order == 1:
+        return _dpm(run, i, start, m, keep=1.0)
+    h = math.log(start / run.s[i + 1])
+    r = [math.log(start / run.s[j]) / h for j in range(i - order + 1, i + 1)]
+    far = (m[-1] - m[0]) / r[-1]
+    expansion = [m[0], far]
+    if order == 3 and c["solver_type"] == "midpoint":
+        expansion.append(0 * far)
+    elif order == 3:
+        near = (m[1] - m[0]) / r[1]
+        expansion = [m[0], (r[2] * near - r[1] * far) / (r[2] - r[1]), 2 * (far - near) / (r[2] - r[1])]
+    return _dpm(run, i, start, np.stack(expansion), anchored=True)
+
+
+def deis(run: Run, i: int) -> Row:
+    """DEIS with polynomials in log ρ, ρ = σ/α (Zhang and Chen 2022, arXiv 2204.13902, section 3.3); m is ε.
+
+    x'/α' = x/α + Σ_j b_j m_j, where b_j is the integral over ρ of the Lagrange polynomial of m_j.
+    """
+    nodes = run.s[i - _order(run, i) + 1 : i + 1][::-1]
+    weights = lagrange_integrals(nodes, run.s[i], run.s[i + 1], log=True)
+    alpha, after = levels(run.s[i])[0], levels(run.s[i + 1])[0]
+    return _row(run, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
+
+
+def unipc(run: Run, i: int) -> Row:
+    """UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8), orders 1 to 3; m is x0, or ε.
+
+    Predictor and corrector of a step share the factor of x, so the corrected sample is the sample plus the difference
+    of their weights, on predictions alone. No earlier sample is needed, and a sample that was changed between steps
+    (by a mask, a callback) keeps its change.
+    """
+    c, of_x0 = run.config, run.config["predict_x0"]
+    (alpha, sigma), (alpha_after, sigma_after) = levels(run.s[i]), levels(run.s[i + 1])
+    a = sigma_after / sigma if of_x0 else alpha_after / alpha
+    predicted = _unipc_weights(run, i, _unipc_order(run, i), correct=False)
+    b = predicted
+    if i > run.first and i - 1 not in c["disable_corrector"]:
+        order = _unipc_order(run, i - 1)
+        change = _unipc_weights(run, i - 1, order, correct=True)
+        change[1:] -= _unipc_weights(run, i - 1, order, correct=False)
+        b = np.zeros(max(len(change), len(predicted)))
+        b[: len(change)] += a * change
+        b[: len(predicted)] += predicted
+    return _row(run, i, of_x0=of_x0)._replace(a=a, b=tuple(b))
+
+
+def _unipc_order(run: Run, i: int) -> int:
+    """As `_order`, but falling to 1 at the end of runs of any length; a step of no length has order 1 too."""
+    left = len(run.times) - i if run.config["lower_order_final"] else 3
+    return 1 if run.s[i + 1] in (0, run.s[i]) else int(min(run.config["solver_order"], i - run.first + 1, left))
+
+
+def _unipc_weights(run: Run, i: int, order: int, *, correct: bool) -> Array:
+    """Weights of the predictions, newest first, in the step from level i to level i + 1.
+
+    With D_j = (m_j - m_0)/r_j, where r_j is the place of m_j in the step (0 its start, 1 its end), the weights of D_j
+    solve Σ_j w_j r_j^(n-1) = n! z φ_(n+1)(z), n = 1, 2, …; a single w is B(h)/2 instead. z is -h for x0, h for ε.
+
+    Args:
+        correct: Use the prediction at the end of the step too; its weight comes first.
+    """
+    s, after, of_x0 = run.s[i], run.s[i + 1], run.config["predict_x0"]
+    alpha, sigma = levels(after)
+    whole = alpha * (1 - after / s if of_x0 else after - s)
+    if order == 1 and not correct:
+        return np.array([whole])
+    h = math.log(s / after)
+    z, k = (-h, -alpha) if of_x0 else (h, -sigma)
+    places = np.array([1.0] * correct + [math.log(s / run.s[i - j]) / h for j in range(1, order)])
+    right, rest = [], math.expm1(z)
+    for n in range(1, len(places) + 1):
+        rest = rest / z - 1 / math.factorial(n)
+        right.append(math.factorial(n) * rest)
+    found = np.linalg.solve(np.vander(places, increasing=True).T, np.array(right))
+    if len(places) == 1:
+        found = np.array([(z if run.config["solver_type"] == "bh1" else math.expm1(z)) / 2])
+    found = k * found / places
+    return np.insert(found, int(correct), whole - found.sum())

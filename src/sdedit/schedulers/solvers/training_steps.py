@@ -1,0 +1,137 @@
+"""Solvers on the training steps themselves: DDIM, DDPM, PNDM, and those of the distilled LCM and TCD models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sdedit.schedulers.rows import Row
+from sdedit.schedulers.schedule import Run
+from sdedit.schedulers.solvers import preserving, x0_of
+
+
+def ddim(run: Run, i: int, *, eta: float = 0.0, clipped_noise: bool = False) -> Row:
+    """DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502, equation 12).
+
+    x' = √ᾱ' x0 + √(1 - ᾱ' - std²) ε + std z,  std² = η² (1 - ᾱ')/(1 - ᾱ) (1 - ᾱ/ᾱ')
+
+    Args:
+        eta: 0 is deterministic, 1 has the variance of DDPM.
+        clipped_noise: Take ε from the clipped x0 and the sample, instead of from the UNet.
+    """
+    # T // steps back, also where the grid is spaced otherwise ("linspace", "trailing"): as published.
+    bar, after = run.schedule.bar(run.times[i]), run.schedule.bar(run.times[i] - len(run.schedule.betas) // run.steps)
+    alpha, sigma = math.sqrt(bar), math.sqrt(1 - bar)
+    std = eta * math.sqrt((1 - after) / (1 - bar) * (1 - bar / after))
+    toward = math.sqrt(max(1 - after - std**2, 0.0))
+    if clipped_noise:  # ε = (x - α x0)/σ
+        m = {"m_x": toward / sigma, "m_x0": math.sqrt(after) - toward * alpha / sigma}
+    else:  # the same, with x0 = p x + q o
+        p, q = x0_of(run.config["prediction_type"], alpha, sigma)
+        m = {"m_x": toward * (1 - alpha * p) / sigma, "m_out": -toward * alpha * q / sigma, "m_x0": math.sqrt(after)}
+    return preserving(run, i, alpha, sigma, c=std, draw=float(eta > 0), **m)
+
+
+def ddpm(run: Run, i: int) -> Row:
+    """Ancestral sampling of DDPM over any subset of its steps (Ho et al. 2020, arXiv 2006.11239, equations 6 and 7).
+
+    The variance is β ("fixed_large…") or that of q(x_{t-1} | x_t, x0) ("fixed_small…"); where it is learned, the noise
+    has the weight 1 and comes scaled.
+    """
+    t, kind = run.times[i], run.config["variance_type"]
+    bar, after = run.schedule.bar(t), run.schedule.bar([*run.times, -1][i + 1])
+    alpha = bar / after
+    variance = (1 - alpha) * (1 if kind.startswith("fixed_large") else (1 - after) / (1 - bar))
+    std = 1.0 if kind.startswith("learned") else math.sqrt(max(variance, 1e-20))
+    a, b = math.sqrt(alpha) * (1 - after) / (1 - bar), math.sqrt(after) * (1 - alpha) / (1 - bar)
+    noise = {"c": std, "draw": 1.0} if t > 0 else {}
+    return preserving(run, i, math.sqrt(bar), math.sqrt(1 - bar), m_x0=1.0, a=a, b=(b,), **noise)
+
+
+def lcm(run: Run, i: int) -> Row:
+    """Multistep sampling of a latent consistency model (Luo et al. 2023, arXiv 2310.04378, algorithm 3).
+
+    The consistency function is m = c_skip x + c_out x0, with c_skip = s²/(τ² + s²) and c_out = τ/√(τ² + s²) at
+    τ = `timestep_scaling` t and s = 1/2; √ᾱ' m + √(1 - ᾱ') z is the next sample.
+    """
+    bar, after = (run.schedule.bar(t) for t in [*run.times, run.times[-1]][i : i + 2])
+    scaled = run.times[i] * run.config["timestep_scaling"]
+    skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+    last = i == run.steps - 1
+    noisy: dict[str, Any] = {} if last else {"b": (math.sqrt(after),), "c": math.sqrt(1 - after), "draw": 1.0}
+    return preserving(run, i, math.sqrt(bar), math.sqrt(1 - bar), m_x=skip, m_x0=out, **noisy)
+
+
+def tcd(run: Run, i: int, *, eta: float = 0.3) -> Row:
+    """Strategic stochastic sampling of trajectory consistency distillation (Zheng et al. 2024, arXiv 2402.19159).
+
+    The UNet takes x to time (1 - η) t' (that is m = √b x0 + √(1-b) ε), and noise takes that back up to t'.
+
+    Args:
+        eta: γ of the paper, in [0, 1]: 0 is deterministic.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}; expected a number in [0, 1]")
+    t_after = [*run.times, 0][i + 1]
+    bar, after = run.schedule.bar(run.times[i]), run.schedule.bar(t_after)
+    between = run.schedule.bar(int(np.floor(np.float32(1 - eta) * np.float32(t_after))))
+    alpha, sigma, toward = math.sqrt(bar), math.sqrt(1 - bar), math.sqrt(1 - between)
+    m: dict[str, Any] = {"m_x": toward / sigma, "m_x0": math.sqrt(between) - toward * alpha / sigma}
+    if eta > 0 and i != run.steps - 1:
+        m |= {"b": (math.sqrt(after / between),), "c": math.sqrt(1 - after / between), "draw": 1.0}
+    return preserving(run, i, alpha, sigma, **m)
+
+
+def pndm(run: Run, i: int) -> Row:
+    """PNDM (Liu et al. 2022, arXiv 2202.09778, equations 9 to 13); m is the UNet's output itself.
+
+    Each row is the transfer of equation 11 from time `start` to time `end`, from x or from the anchor, for a weighted
+    mean of the last outputs: √(ᾱ'/ᾱ) x - (ᾱ' - ᾱ)/(ᾱ √(1-ᾱ') + √(ᾱ (1-ᾱ) ᾱ')) ε.
+
+    Rows count from the start of the run. A run that starts late therefore repeats its first step, as one that starts
+    early does, but its times have moved on, and each later sample is a step noisier than the UNet is told. So it is
+    in diffusers 0.42.1, whose numbers these are; tests/schedulers/test_gaussian.py measures what it costs.
+    """
+    times, count, stride = run.times, i - run.first, len(run.schedule.betas) // run.steps
+    start, end, anchored, runge_kutta = times[i], times[i] - stride, False, not run.config["skip_prk_steps"]
+    weights: tuple[float, ...]
+    if runge_kutta and count < 12:  # three steps of four evaluations
+        stage = count % 4
+        start, anchored = times[count - stage], stage > 0
+        end = times[i] - (0 if count % 2 else stride // 2)
+        weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6) if stage == 3 else (1.0,)
+    elif runge_kutta:
+        weights = _after_runge_kutta(count)
+    else:
+        weights = _STARTING[count] if count < len(_STARTING) else _FOURTH_ORDER
+        if count == 1:  # evaluated at the end of the first step, which it then repeats as Heun's method
+            start, end, anchored = times[i] + stride, times[i], True
+    bar, after, now = run.schedule.bar(start), run.schedule.bar(end), run.schedule.bar(times[i])
+    sample = math.sqrt(after / bar)
+    noise = (bar - after) / (bar * math.sqrt(1 - after) + math.sqrt(bar * (1 - bar) * after))
+    if run.config["prediction_type"] == "v_prediction":  # ε = α v + σ x, of the mean of v
+        sample, noise = sample + noise * math.sqrt(1 - bar), noise * math.sqrt(bar)
+    update = {"p" if anchored else "a": sample, "b": tuple(noise * w for w in weights)}
+    keep = float(count % 4 == 0 if runge_kutta else count == 0)
+    return preserving(run, i, math.sqrt(now), math.sqrt(1 - now), m_out=1.0, keep=keep, **update)
+
+
+# Adams-Bashforth weights, newest first; those of the first rows skip the output of row 1, which serves that row alone.
+_FOURTH_ORDER = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+_STARTING = (
+    (1.0,),
+    (1 / 2, 1 / 2),
+    (3 / 2, 0.0, -1 / 2),
+    (23 / 12, -16 / 12, 0.0, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, 0.0, -9 / 24),
+)
+
+
+def _after_runge_kutta(count: int) -> tuple[float, ...]:
+    """The fourth-order weights, on the first output of each Runge-Kutta step and on those that came after."""
+    weights = [0.0] * (count + 1)
+    for made, w in zip([0, 4, 8, *range(12, count + 1)][:-5:-1], _FOURTH_ORDER, strict=True):
+        weights[count - made] = w
+    return tuple(weights[:13])
