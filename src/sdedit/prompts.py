@@ -45,9 +45,16 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     return norm(hidden)  # type: ignore[no-any-return]
 
 
-def guidance_scale_embedding(scale: float, dim: int, batch: int) -> Tensor:
-    """Sinusoids of the guidance scale, (batch, dim), for models distilled with it (LCM, arXiv 2310.04378)."""
+def encode_texts(
+    tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
+) -> Tensor:
+    """Prompt embeds (B, M, C) of texts; M is `length`, or what the tokenizer says is the model's."""
+    return encode(text_encoder, tokenize(tokenizer, texts, length), clip_skip)
+
+
+def guidance_scale_embedding(scales: Sequence[float], dim: int) -> Tensor:
+    """Sinusoids of the guidance scales, (B, dim), for models distilled with them (LCM, arXiv 2310.04378)."""
     from sdedit.models.layers import timestep_embedding
 
-    scales = torch.full((batch,), (scale - 1) * 1000.0)
-    return timestep_embedding(scales, dim, flip_sin_to_cos=False, freq_shift=1)
+    times = torch.tensor([(scale - 1) * 1000.0 for scale in scales])
+    return timestep_embedding(times, dim, flip_sin_to_cos=False, freq_shift=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
-from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
+from sdedit.loading.checkpoint import choose_weights, clip_name, fill, forget_shards, vae_name, weight_files
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -152,10 +153,19 @@ def load_model(
     folder = root / subfolder if subfolder else root
     config = read_json(folder / cls.config_name)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"):
+    with torch.device("meta"), _explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _explained(config: Path, cls: Any) -> Iterator[None]:
+    """Errors that a config causes inside a constructor, of whatever class, get the file's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{config} describes no {cls.__name__} that can be made: {error}") from error
 
 
 def load_transformers_model(
@@ -163,10 +173,9 @@ def load_transformers_model(
 ) -> Any:
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
     read_json(folder / "config.json")
-    config = cls.config_class.from_pretrained(folder)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"):
-        model = cls(config)
+    with torch.device("meta"), _explained(folder / "config.json", cls):
+        model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
     return model.eval()
 
@@ -194,7 +203,10 @@ def load_component(
         if class_name not in schedulers.__all__:
             known = ", ".join(n for n in schedulers.__all__ if n.endswith("Scheduler"))
             raise ValueError(f"scheduler: {class_name} is not known; expected one of {known}")
-        return getattr(schedulers, class_name).from_config(folder / "scheduler_config.json")
+        cls = getattr(schedulers, class_name)
+        config = read_json(folder / cls.config_name)
+        with _explained(folder / cls.config_name, cls):
+            return cls.from_config(config)
     if class_name in _MODELS:
         cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
         if name in ("unet", "vae"):
@@ -225,11 +237,16 @@ def _load_processor(cls: Any, folder: Path) -> Any:
         read_json(file)
     for file in sorted(folder.glob("*.txt")):
         refuse_lfs_pointer(file)
+    there = ", ".join(sorted(p.name for p in folder.iterdir()))
+    vocabularies = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # without one, transformers makes an empty one
+    if "Tokenizer" in cls.__name__ and not any(all((folder / f).is_file() for f in v) for v in vocabularies):
+        raise FileNotFoundError(
+            f"{folder} has no vocabulary (tokenizer.json, or vocab.json and merges.txt), but {there}"
+        )
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # Missing and damaged vocabularies end in many classes of error inside its Rust half.
-        there = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise ValueError(f"{folder} is not a {cls.__name__} ({error}); it has {there}: download it again") from error
 
 
@@ -320,6 +337,8 @@ def save_components(
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
+            if target.suffix == ".safetensors":
+                forget_shards(target, variant)
 
 
 def cached_models() -> list[tuple[str, Path]]:

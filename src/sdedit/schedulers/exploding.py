@@ -223,16 +223,16 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         super()._set_grid(grid, steps, device)
         self._path: BrownianPath | None = None
 
-    def _noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None) -> Tensor:
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+        """Increment of the path over the row of `timesteps[index]`, (B, C, H, W), with variance 1."""
         if self._path is None:
-            wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-            self._path = BrownianPath(wide, self.sigmas, self.config.noise_sampler_seed)
-        second = (index - self._first) % 2
+            self._path = BrownianPath(sample.shape, self.sigmas, self.config.noise_sampler_seed)
+        second = (index - (self._first if self._begin is None else self._begin)) % 2
         # The path is rough: levels that differ in the last bit give other noise. So it is asked for at levels that
         # went through float32 logarithms and back, as it always was.
         log = self.sigmas[index - second : index - second + 2].log().neg()
         end = log[1] if second else log[0] + (log[1] - log[0]) * 0.5
-        return self._path(log[0].neg().exp(), end.neg().exp())
+        return self._path(log[0].neg().exp(), end.neg().exp()).to(sample.device)
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
@@ -243,15 +243,15 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
 
 
 class BrownianPath:
-    """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree.
+    """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree, on the CPU.
 
     Args:
-        sample: (B, C, H, W); the noise has its shape, dtype and device.
+        shape: Of the noise, (B, C, H, W).
         sigmas: The levels.
         seed: One, or one for each sample.
     """
 
-    def __init__(self, sample: Tensor, sigmas: Tensor, seed: int | Sequence[int] | None) -> None:
+    def __init__(self, shape: Sequence[int], sigmas: Tensor, seed: int | Sequence[int] | None) -> None:
         try:
             import torchsde  # type: ignore[import-untyped]
         except ImportError:
@@ -259,12 +259,13 @@ class BrownianPath:
         seeds = [int(torch.randint(0, 2**63 - 1, ()))] if seed is None else seed
         self._one = isinstance(seeds, int) or seed is None
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not self._one and len(seeds) != len(sample):
-            raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {len(sample)} samples")
-        shape = tuple(sample.shape if self._one else sample.shape[1:])
+        if not self._one and len(seeds) != shape[0]:
+            raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {shape[0]} samples")
+        self._ends = sigmas[sigmas > 0].min(), sigmas.max()
+        size = tuple(shape) if self._one else tuple(shape[1:])
         self._paths = [
             torchsde.BrownianInterval(
-                t0=sigmas[sigmas > 0].min(), t1=sigmas.max(), size=shape, dtype=sample.dtype, device=sample.device,
+                t0=self._ends[0], t1=self._ends[1], size=size, dtype=torch.float32, device="cpu",
                 entropy=one, tol=1e-6, pool_size=24, halfway_tree=True,
             )
             for one in seeds
@@ -272,5 +273,6 @@ class BrownianPath:
 
     def __call__(self, start: Tensor, end: Tensor) -> Tensor:
         """Standard normal noise (B, C, H, W) of a step down from s = `start` to `end`, scalars on the CPU."""
-        drawn = [-path(end, start) / (start - end).sqrt() for path in self._paths]
+        low, high = end.clamp(min=self._ends[0]), start.clamp(max=self._ends[1])
+        drawn = [-path(low, high) / (start - end).sqrt() for path in self._paths]
         return drawn[0] if self._one else torch.stack(drawn)

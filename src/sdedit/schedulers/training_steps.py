@@ -102,8 +102,9 @@ class DDPMScheduler(TrainingStepScheduler):
     ) -> None:
         self._start(variance_type=_VARIANCES)
 
-    def _noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None) -> Tensor:
-        z = super()._noise(sample, generator, index, said)
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
+        z = super().draw_noise(sample, generator, index)
         if said is None:
             return z
         if self.config.variance_type == "learned":
