@@ -26,6 +26,8 @@ def run_through(
     *,
     channels: int = 4,
     levels: Tensor | None = None,
+    output: Callable[[Tensor], Tensor] = lambda x: x,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[list[float], list[Tensor]]:
     """Image-to-image from step `start` on: the times, and every tensor that `add_noise` and `step` give."""
@@ -34,7 +36,7 @@ def run_through(
     if levels is not None:
         scheduler.sigmas = levels
     source = torch.Generator().manual_seed(7)
-    x0, noise = torch.randn((2, *SHAPE), generator=source)
+    x0, noise = torch.randn((2, *SHAPE), generator=source).to(dtype)
     first = start * scheduler.order
     times = scheduler.timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
@@ -44,9 +46,9 @@ def run_through(
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = torch.Generator().manual_seed(3)
     for t in times:
-        output = smooth_model(scheduler.scale_model_input(x, t), t)
-        output = torch.cat([output] * (channels // 4), dim=1)
-        x, *others = scheduler.step(output, t, x, **options, return_dict=False)
+        predicted = output(smooth_model(scheduler.scale_model_input(x, t), t))
+        predicted = torch.cat([predicted] * (channels // 4), dim=1)
+        x, *others = scheduler.step(predicted, t, x, **options, return_dict=False)
         tensors += [x, *others]
     return times.tolist(), tensors
 

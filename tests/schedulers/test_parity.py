@@ -16,6 +16,7 @@ import torch
 
 from sdedit import schedulers
 
+diffusers.utils.logging.set_verbosity_error()
 Options = dict[str, Any]
 Case = tuple[Options, Options, int, int]
 
@@ -162,6 +163,9 @@ def all_runs(name: str) -> Iterator[tuple[Any, Any, list[Case]]]:
         yield theirs, getattr(schedulers, name)(**options), runs
 
 
+CANCELS = "KDPM2 ancestral: s'^2 - up^2 cancels in float32, to a wrong midpoint or to a negative number"
+
+
 def undefined(name: str, config: Options, steps: int) -> str | None:
     """Why diffusers has no number for the whole run, if it has none. sdedit has, or says what is wrong."""
     levels = {k for k in config if k.startswith("use_") and config[k]}
@@ -179,8 +183,8 @@ def undefined(name: str, config: Options, steps: int) -> str | None:
             return "UniPC: bh1 and predict_x0=False multiply infinity by zero in the step to zero noise"
         if not config.get("lower_order_final", True) and config["solver_order"] > 1:
             return "UniPC: without lower_order_final the step to zero noise has an infinite h in its higher orders"
-    if name == "KDPM2AncestralDiscreteScheduler" and steps == 2:
-        return "KDPM2 ancestral: s'^2 - up^2 cancels in float32, and may be negative"
+    if name == "KDPM2AncestralDiscreteScheduler" and (steps == 2 or config.get("beta_schedule") == "squaredcos_cap_v2"):
+        return CANCELS
     return None
 
 
@@ -237,10 +241,113 @@ def test_same_numbers(name: str, run: Callable[..., Any]) -> None:
             our_times, our_tensors = run(ours, steps, start, **options)
             assert len(our_times) == len(times) and len(our_tensors) == length, case
             assert all(x.isfinite().all() for x in our_tensors), case
+            if reason == CANCELS:
+                continue
             far = max(abs(a - b) for a, b in zip(times, our_times, strict=True))
-            assert far < (0.02 if reason else 1e-3), (case, times, our_times)
+            assert far < 1e-3, (case, times, our_times)
             worst.append((distance(tensors, our_tensors), case))
     figure, case = max(worst, key=lambda w: w[0])
     print(f"\n{name}: {count} runs, largest difference {figure:.1e}, in {case}; not whole there: {dict(skipped)}")
     assert figure < 5e-5, case
-    assert sum(skipped.values()) < 0.25 * count, skipped
+
+
+def test_few_runs_are_undefined_in_diffusers() -> None:
+    cases = [(name, config, steps) for name in CASES for config in CASES[name][0] for steps, _ in RUNS]
+    reasons = Counter(undefined(*case) for case in cases)
+    of = {reason: count for reason, count in reasons.items() if reason}
+    print(f"\n{sum(of.values())} of {len(cases)} runs: {of}")
+    assert len(of) == 6
+    assert sum(of.values()) < 0.07 * len(cases)
+
+
+CUSTOM: list[tuple[str, Options, Options]] = [
+    ("DDPMScheduler", {}, {"timesteps": [900, 700, 300, 50, 0]}),
+    ("EulerDiscreteScheduler", {}, {"timesteps": [999.0, 850.5, 736.0, 343.0, 24.0]}),
+    ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, {"sigmas": [14.615, 3.861, 1.886, 0.652, 0.0]}),
+    ("HeunDiscreteScheduler", {}, {"timesteps": [999.0, 850.5, 736.0, 343.0, 24.0]}),
+    ("DPMSolverMultistepScheduler", {}, {"timesteps": [999, 850, 736, 645, 545, 233, 24]}),
+    ("DPMSolverSinglestepScheduler", {}, {"timesteps": [999, 850, 736, 645, 545, 233, 24]}),
+    ("LCMScheduler", {}, {"timesteps": [999, 759, 499, 259]}),
+    ("LCMScheduler", {"original_inference_steps": 20}, {"steps": 4, "strength": 0.6}),
+    ("LCMScheduler", {}, {"timesteps": [999, 759, 499, 259], "strength": 0.5}),
+    ("TCDScheduler", {}, {"timesteps": [999, 759, 499, 259]}),
+    ("TCDScheduler", {}, {"steps": 4, "strength": 0.6}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "layout"), CUSTOM)
+def test_times_of_ones_own(name: str, config: Options, layout: Options, run: Callable[..., Any]) -> None:
+    options = SD | ALWAYS.get(name, {}) | config
+    layout = {"steps": None} | layout
+    times, tensors = run(getattr(diffusers, name)(**options), **layout)
+    our_times, our_tensors = run(getattr(schedulers, name)(**options), **layout)
+    assert our_times == pytest.approx(times, abs=1e-3)
+    assert distance(tensors, our_tensors) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+@pytest.mark.parametrize("start", [0, 3])
+def test_learned_variance(kind: str, start: int, run: Callable[..., Any]) -> None:
+    options = SD | ALWAYS["DDPMScheduler"] | {"variance_type": kind}
+    # A "learned" variance is the output itself, whose root is not a number where it is negative, there and here.
+    squared = {"output": torch.square} if kind == "learned" else {}
+    both = [run(m.DDPMScheduler(**options), 8, start, channels=8, **squared) for m in (diffusers, schedulers)]
+    assert distance(both[0][1], both[1][1]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [("DDIMScheduler", {}, {"eta": 0.5}), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {})],
+)
+def test_noise_of_ones_own(name: str, config: Options, options: Options) -> None:
+    noise, x, output = torch.randn((3, *(2, 4, 4, 4)), generator=torch.Generator().manual_seed(1))
+    after = []
+    for module in (diffusers, schedulers):
+        scheduler = getattr(module, name)(**SD | config)
+        scheduler.set_timesteps(5)
+        after.append(scheduler.step(output, scheduler.timesteps[0], x, variance_noise=noise, **options).prev_sample)
+    assert distance(after[:1], after[1:]) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_for_the_unet(name: str, dtype: torch.dtype, run: Callable[..., Any]) -> None:
+    """The latents come back in their dtype, and the run stays as near to that in float32 as their rounding allows."""
+    options = SD | ALWAYS.get(name, {}) | ({"noise_sampler_seed": 1} if "SDE" in name else {})
+    scheduler = getattr(schedulers, name)(**options)
+    _, whole = run(scheduler, 8, 3)
+    _, half = run(scheduler, 8, 3, dtype=dtype)
+    assert all(x.dtype == dtype for x in half)
+    assert distance(whole, [x.float() for x in half]) < (0.02 if dtype == torch.float16 else 0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_public_values(name: str) -> None:
+    """What user code reads off a scheduler, before and after `set_timesteps`."""
+    for options in SPACINGS:
+        taken = {k: v for k, v in options.items() if k in schedulers.DDIMScheduler().config and name != "LCMScheduler"}
+        taken = {} if name in ("TCDScheduler", "LCMScheduler", "DPMSolverSinglestepScheduler") else taken
+        theirs, ours = (getattr(module, name)(**SD | taken) for module in (diffusers, schedulers))
+        for steps in (None, 12):
+            for scheduler in (theirs, ours):
+                scheduler.set_timesteps(steps) if steps else None
+            assert float(ours.init_noise_sigma) == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+            if theirs.timesteps is not None:
+                assert torch.allclose(ours.timesteps.double(), theirs.timesteps.double(), atol=1e-3)
+            if hasattr(theirs, "sigmas") and (steps or "DPMSolver" not in name and "DEIS" not in name and "Uni" not in name):
+                assert torch.allclose(ours.sigmas.float(), theirs.sigmas.float(), rtol=1e-6)
+        assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+        assert torch.equal(ours.betas, theirs.betas)
+        assert (ours.order, len(ours)) == (theirs.order, len(theirs))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_noise_at_training_steps(name: str) -> None:
+    """`add_noise` in training: no begin index, a time for each sample."""
+    x, noise = torch.randn((2, 3, 4, 4, 4), generator=torch.Generator().manual_seed(2))
+    theirs, ours = (getattr(module, name)(**SD) for module in (diffusers, schedulers))
+    times = theirs.timesteps if theirs.timesteps is not None else torch.arange(999, -1, -1)
+    times = times[[3, 998, 501]]
+    assert distance([theirs.add_noise(x, noise, times)], [ours.add_noise(x, noise, times)]) < 1e-6
+    if hasattr(theirs, "get_velocity") and name != "EulerDiscreteScheduler":
+        assert distance([theirs.get_velocity(x, noise, times)], [ours.get_velocity(x, noise, times)]) < 1e-6

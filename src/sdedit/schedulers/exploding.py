@@ -261,7 +261,8 @@ class BrownianPath:
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         if not self._one and len(seeds) != shape[0]:
             raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {shape[0]} samples")
-        self._ends = sigmas[sigmas > 0].min(), sigmas.max()
+        # torchsde rounds the ends of the path to its tolerance, and warns of what is asked for beyond them.
+        self._ends = round(float(sigmas[sigmas > 0].min()), 6), round(float(sigmas.max()), 6)
         size = tuple(shape) if self._one else tuple(shape[1:])
         self._paths = [
             torchsde.BrownianInterval(
@@ -273,6 +274,6 @@ class BrownianPath:
 
     def __call__(self, start: Tensor, end: Tensor) -> Tensor:
         """Standard normal noise (B, C, H, W) of a step down from s = `start` to `end`, scalars on the CPU."""
-        low, high = end.clamp(min=self._ends[0]), start.clamp(max=self._ends[1])
+        low, high = max(float(end), self._ends[0]), min(float(start), self._ends[1])
         drawn = [-path(low, high) / (start - end).sqrt() for path in self._paths]
         return drawn[0] if self._one else torch.stack(drawn)
