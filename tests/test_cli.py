@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
 
+from conftest import picture
 from sdedit.metadata import read_settings
 
 SDEDIT = Path(sys.executable).with_name("sdedit")
@@ -80,7 +80,10 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "nowhere/o.png"), "a folder that exists"),
         (("run", "in.png", "a", "-o", "o"), "such as out.png"),
         (("run", "in.png", "a", "-o", "o.png", "--scheduler", "best"), "expected one of ddim"),
-        (("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"), "expected a number from 0 to 1"),
+        (
+            ("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"),
+            "expected a number from 0 to 1",
+        ),
         (("run", "in.png", "a", "-o", "o.png", "--steps", "0", "--model", "FOLDER"), "num_inference_steps=0"),
         (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "expected at least 1"),
         (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),

@@ -19,6 +19,7 @@ from sdedit.noise import Generator
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.base import Scheduler
 from sdedit.schedulers.rows import Memory, Row
+from sdedit.schedulers.schedule import squeezed_betas
 
 
 class Run(Protocol):
@@ -54,29 +55,32 @@ class Start:
 
     Args:
         scheduler: It is changed.
-        strength: Of the chosen steps, the last `int(steps * strength)` are left; with `exact`, all of them, squeezed
-            into the times below `strength` of the whole.
+        strength: Of the chosen steps, the last `int(steps * strength)` are left; with `exact`, all of them, on a noise
+            schedule that ends at `strength` of the model's.
         chosen: What `set_timesteps` gets.
 
     Attributes:
         timesteps: Those that are left.
+        time_scale: What the UNet's time is, for each of the scheduler's.
         first: How many UNet calls of the whole schedule were passed over.
     """
 
     def __init__(self, scheduler: Any, strength: float, exact: bool, **chosen: Any) -> None:
-        self.scheduler, self.strength, self.exact, self.chosen = scheduler, strength, exact, chosen
+        self.strength, self.chosen, self.time_scale = strength, chosen, 1.0
+        if exact and 0 < strength < 1:
+            betas = squeezed_betas(scheduler.alphas_cumprod.double().cpu().numpy(), strength)
+            config = {**scheduler.config, "rescale_betas_zero_snr": False}  # these betas are final
+            scheduler = type(scheduler).from_config(config, trained_betas=betas)
+            self.strength, self.time_scale = 1.0, strength
+        self.scheduler = scheduler
         self.set()
 
     def set(self) -> None:
         """Set the scheduler, with nothing remembered of an earlier run."""
         scheduler = self.scheduler
         scheduler.set_timesteps(**self.chosen)
-        if self.exact and self.strength > 0:
-            scheduler.squeeze(self.strength)
-            self.first = 0
-        else:
-            steps = self.chosen.get("num_inference_steps") or len(scheduler.timesteps)
-            self.first = (steps - int(steps * self.strength)) * getattr(scheduler, "order", 1)
+        steps = self.chosen.get("num_inference_steps") or len(scheduler.timesteps)
+        self.first = (steps - int(steps * self.strength)) * getattr(scheduler, "order", 1)
         self.timesteps: Tensor = scheduler.timesteps[self.first :]
         if len(self.timesteps) and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.first)
@@ -110,7 +114,7 @@ class SharedRun:
     def __init__(self, start: Start, batch: int, eta: float, generator: Generator) -> None:
         self.start, self.batch, self.generator = start, batch, generator
         self.order_of_pictures = list(range(batch))
-        self.scheduler, self.timesteps = start.scheduler, start.timesteps
+        self.scheduler, self.timesteps, self.time_scale = start.scheduler, start.timesteps, start.time_scale
         self.order = getattr(start.scheduler, "order", 1)
         taken = inspect.signature(start.scheduler.step).parameters
         self.arguments = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in taken}
@@ -129,7 +133,7 @@ class SharedRun:
     def model_input(self, i: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         """See `Run`."""
         t = self.timesteps[i]
-        return self.scheduler.scale_model_input(latents, t), t
+        return self.scheduler.scale_model_input(latents, t), t * self.time_scale if self.time_scale != 1 else t
 
     def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
         """See `Run`."""
@@ -173,7 +177,8 @@ class PerImageRun:
     def model_input(self, i: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         """See `Run`."""
         row = self._row(i, len(latents), latents.device)
-        return (latents * row.scale).to(latents.dtype), row.t.flatten()
+        time_scale = torch.tensor([start.time_scale for start in self.starts[: len(latents)]])
+        return (latents * row.scale).to(latents.dtype), row.t.flatten() * time_scale.to(latents.device)
 
     def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
         """See `Run`."""
@@ -218,11 +223,13 @@ def starts(
     strengths, steps = settings["strength"], settings["num_inference_steps"]
     own = {name: value for name, value in grid.items() if value is not None}
     alike = len(strengths) == len(steps) == len(settings["guidance_scale"]) == 1
-    if not isinstance(scheduler, Scheduler) and (exact or not alike):
+    if not isinstance(scheduler, Scheduler) and not alike:
         raise ValueError(
-            f"scheduler: {type(scheduler).__name__} is not one of sdedit's; exact_steps and settings of each picture's "
-            "own need one of those: sdedit.schedulers.make_scheduler(name, pipe.scheduler.config)"
+            f"scheduler: {type(scheduler).__name__} is not one of sdedit's; settings of each picture's own need one of "
+            "those: sdedit.schedulers.make_scheduler(name, pipe.scheduler.config)"
         )
+    if exact and own:
+        raise ValueError("exact_steps: timesteps or sigmas of one's own choose the steps; expected num_inference_steps")
     made = []
     for i in range(1 if alike else batch):
         chosen = own or {"num_inference_steps": steps[i % len(steps)]}

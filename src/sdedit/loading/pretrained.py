@@ -7,7 +7,8 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +49,6 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # Settings and vocabularies: everything but the weights.
 _SMALL_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")
 
-
 _HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
 
 
@@ -80,21 +80,42 @@ def find_folder(
     text = str(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
         raise FileNotFoundError(f"{text} is no folder here, nor a model id such as 'owner/name'")
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    patterns = None  # offline: whatever the cache holds
+    cached = _cached_folder(text, components, hub)
+    if hub.get("local_files_only") or HF_HUB_OFFLINE:
+        if cached is None:
+            raise FileNotFoundError(f"{text} is no folder here, nor in the hub's cache, and downloading is turned off")
+        return cached
     try:
-        if not (hub.get("local_files_only") or HF_HUB_OFFLINE):
-            names = list_repo_files(text, revision=hub.get("revision"), token=hub.get("token"))
-            patterns = [*_SMALL_FILES, *_wanted_weights(names, components, variant, use_safetensors)]
+        # Not list_repo_files, which tries for half a minute where there is no network.
+        info = model_info(text, revision=hub.get("revision"), token=hub.get("token"), timeout=10)
+        names = [file.rfilename for file in info.siblings or ()]
+        cached = None  # the hub answers: nothing old in place of what it has
+        patterns = [*_SMALL_FILES, *_wanted_weights(names, components, variant, use_safetensors)]
         return Path(snapshot_download(text, allow_patterns=patterns, **hub))
     except Exception as error:
         # Its errors have many classes in many libraries; the model's absence is all that they can mean here.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if cached is not None and not hub.get("force_download"):
+            warnings.warn(f"{text}: taken from the cache, for the hub does not answer ({reason})", stacklevel=5)
+            return cached
         raise FileNotFoundError(
-            f"{text} is no folder here, and could not be had from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): check the name and the network, or give a folder"
+            f"{text} is no folder here, and could not be had from the hub ({reason}): "
+            "check the name and the network, or give a folder"
         ) from error
+
+
+def _cached_folder(model_id: str, components: Iterable[str] | None, hub: Mapping[str, Any]) -> Path | None:
+    """The folder of a model in the hub's cache, which may hold only some of its files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", *(f"{part}/config.json".lstrip("/") for part in components or ())):
+        found = try_to_load_from_cache(model_id, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def _wanted_weights(

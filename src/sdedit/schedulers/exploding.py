@@ -197,7 +197,8 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 class DPMSolverSDEScheduler(TwoStageScheduler):
     """DPM-Solver++ SDE of second order (arXiv 2211.01095, as in k-diffusion), on one Brownian path; needs torchsde.
 
-    The path depends on `noise_sampler_seed` alone (one, or one for each sample), so more steps refine one image.
+    The path depends on a seed alone, so more steps refine one image: `noise_sampler_seed` (one, or one for each
+    sample), or else one that `step` draws from its generator for each sample.
     """
 
     times_dtype = np.float64
@@ -226,7 +227,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
     def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
         """Increment of the path over the row of `timesteps[index]`, (B, C, H, W), with variance 1."""
         if self._path is None:
-            self._path = BrownianPath(sample.shape, self.sigmas, self.config.noise_sampler_seed)
+            self._path = BrownianPath(sample.shape, self.sigmas, self._seed(len(sample), generator))
         second = (index - (self._first if self._begin is None else self._begin)) % 2
         # The path is rough: levels that differ in the last bit give other noise. So it is asked for at levels that
         # went through float32 logarithms and back, as it always was.
@@ -234,12 +235,18 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         end = log[1] if second else log[0] + (log[1] - log[0]) * 0.5
         return self._path(log[0].neg().exp(), end.neg().exp()).to(sample.device)
 
+    def _seed(self, count: int, generator: Generator) -> int | Sequence[int]:
+        if self.config.noise_sampler_seed is not None:
+            return self.config.noise_sampler_seed  # type: ignore[no-any-return]
+        each = generator if isinstance(generator, Sequence) else [generator] * count
+        return [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in each]
+
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
-        s_noise: float = 1.0,
+        s_noise: float = 1.0, generator: Generator = None,
     ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with `s_noise`, the scale of the noise."""
-        return self._advance(model_output, timestep, sample, return_dict, noise_scale=float(s_noise))
+        """`Scheduler.noisy_step`, with `s_noise`, the scale of the noise."""
+        return self._advance(model_output, timestep, sample, return_dict, generator, noise_scale=float(s_noise))
 
 
 class BrownianPath:
@@ -251,14 +258,13 @@ class BrownianPath:
         seed: One, or one for each sample.
     """
 
-    def __init__(self, shape: Sequence[int], sigmas: Tensor, seed: int | Sequence[int] | None) -> None:
+    def __init__(self, shape: Sequence[int], sigmas: Tensor, seed: int | Sequence[int]) -> None:
         try:
             import torchsde  # type: ignore[import-untyped]
         except ImportError:
             raise ImportError("DPMSolverSDEScheduler needs torchsde for its noise: pip install torchsde") from None
-        seeds = [int(torch.randint(0, 2**63 - 1, ()))] if seed is None else seed
-        self._one = isinstance(seeds, int) or seed is None
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        self._one = isinstance(seed, int)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
         if not self._one and len(seeds) != shape[0]:
             raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {shape[0]} samples")
         # torchsde rounds the ends of the path to its tolerance, and warns of what is asked for beyond them.
