@@ -122,6 +122,12 @@ def components(parts: Mapping[str, Any]) -> None:
     if parts["safety_checker"] is not None and parts["feature_extractor"] is None:
         raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
     takes, gives = parts["unet"].config.in_channels, parts["vae"].config.latent_channels
+    reads = getattr(getattr(parts["text_encoder"], "config", None), "hidden_size", None)
+    if reads is not None and reads != parts["unet"].config.cross_attention_dim:
+        raise ValueError(
+            f"text_encoder: gives {reads} channels; the UNet reads {parts['unet'].config.cross_attention_dim} "
+            "(Stable Diffusion 1.x has 768, 2.x 1024): take both from one model"
+        )
     if takes != gives:
         kind = {9: " (an inpainting model)", 8: " (an instruct-pix2pix model)", 5: " (a depth model)"}.get(takes, "")
         raise ValueError(f"unet: takes {takes} channels{kind}; expected {gives}, the channels of the VAE's latents")

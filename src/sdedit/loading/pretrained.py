@@ -316,6 +316,9 @@ def load_components(
         raise ValueError(f"{folder / 'model_index.json'} lists no {' and no '.join(missing)}: pass {missing[0]}=…")
     for name in ("text_encoder", "tokenizer"):
         parts.setdefault(name, None)
+    words, known = len(parts["tokenizer"] or ()), getattr(parts["text_encoder"], "config", None)
+    if known is not None and words > known.vocab_size:
+        raise ValueError(f"{folder / 'tokenizer'} has {words} tokens; the text encoder knows {known.vocab_size}")
     parts.setdefault("requires_safety_checker", index.get("requires_safety_checker", True))
     return parts
 
