@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
 from conftest import SHARED, needs_shared, picture
 from sdedit import (
@@ -292,6 +292,22 @@ def test_inpainting_models_are_refused_by_name(copy: Path) -> None:
         load(copy)
 
 
+def test_parts_of_different_models_are_refused(copy: Path) -> None:
+    config = CLIPTextConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"text_encoder: gives 64 channels; the UNet reads 32"):
+        load(copy, text_encoder=CLIPTextModel(config))
+    words = {"hidden_size": 32, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens; the text encoder knows 100"):
+        load(copy, text_encoder=CLIPTextModel(CLIPTextConfig.from_dict({**config.to_dict(), **words})))
+
+
+def test_a_tokenizer_without_settings_takes_the_length_that_the_model_reads(copy: Path) -> None:
+    (copy / "tokenizer/tokenizer_config.json").unlink()
+    pipe = load(copy)
+    assert pipe.tokenizer.model_max_length > 10**9
+    assert pipe.encode_prompt("an apple")[0].shape == (1, 77, 32)
+
+
 def test_paths_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder here"):
         load(tmp_path / "nothing")
@@ -300,8 +316,10 @@ def test_paths_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"a\.safetensors is a file"):
         load(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="torch_dtype='float16'"):
-        load(tmp_path, torch_dtype="float16")
+    for choice in ({"torch_dtype": "float16"}, {"torch_dtype": torch.int8}, {"use_safetensors": "yes"}):
+        for read in (load, UNet2DConditionModel.from_pretrained):
+            with pytest.raises(ValueError, match=rf"{next(iter(choice))}=.*; expected"):
+                read(tmp_path, **choice)
 
 
 def test_saved_folders_are_read_by_both(copy: Path, tmp_path: Path, drawn: Any) -> None:

@@ -182,6 +182,10 @@ def test_wrong_steps() -> None:
     tcd.set_timesteps(2)
     with pytest.raises(ValueError, match="eta: got 2"):
         tcd.step(x, tcd.timesteps[0], x, eta=2)
+    learned = schedulers.DDPMScheduler(variance_type="learned")
+    learned.set_timesteps(2)
+    with pytest.raises(ValueError, match="variance_type 'learned' needs 8 channels"):
+        learned.step(x, 500, x)
     beyond = schedulers.DDIMScheduler(steps_offset=1)
     beyond.set_timesteps(1000)
     with pytest.raises(ValueError, match="timestep 1000: the model was trained on 0 to 999"):

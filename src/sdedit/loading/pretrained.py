@@ -164,6 +164,7 @@ def load_model(
     **hub: Any,
 ) -> M:
     """Load one of our networks; see `Model.from_pretrained`."""
+    _check_choices(torch_dtype, use_safetensors)
     root = find_folder(
         path_or_id,
         components=[subfolder or ""],
@@ -178,6 +179,13 @@ def load_model(
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
+
+
+def _check_choices(torch_dtype: Any, use_safetensors: Any) -> None:
+    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise ValueError(f"torch_dtype={torch_dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16")
+    if use_safetensors not in (None, True, False):
+        raise ValueError(f"use_safetensors={use_safetensors!r}; expected True, False or None")
 
 
 @contextlib.contextmanager
@@ -285,10 +293,11 @@ def load_components(
         given: Components that are not to be loaded, and arguments for the hub.
     """
     parts = {name: given.pop(name) for name in (*COMPONENTS, "requires_safety_checker") if name in given}
-    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"torch_dtype={torch_dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16")
+    _check_choices(torch_dtype, use_safetensors)
     hub = dict(variant=variant, use_safetensors=use_safetensors, **given)
-    folder = find_folder(path_or_id or DEFAULT_MODEL, components=set(COMPONENTS) - set(parts), **hub)
+    folder = find_folder(
+        DEFAULT_MODEL if path_or_id is None else path_or_id, components=set(COMPONENTS) - set(parts), **hub
+    )
     index = read_json(folder / "model_index.json")
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
     for name, entry in listed.items():
