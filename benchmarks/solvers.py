@@ -3,8 +3,8 @@
     python benchmarks/solvers.py
 
 writes docs/solvers.png (a picture from each, its time and distance), docs/solvers-plot.png (distance against the
-number of UNet calls) and benchmarks/results/solvers.json. All run `exact_steps` at strength 0.7 from the same noise. The
-200-step answer is DDIM's; stochastic solvers (marked *) add noise of their own on the way, so they end at other
+number of UNet calls) and benchmarks/results/solvers.json. All run `exact_steps` at strength 0.7 from the same noise.
+The 200-step answer is DDIM's; stochastic solvers (marked *) add noise of their own on the way, so they end at other
 pictures by nature and their distance does not go to zero.
 """
 
