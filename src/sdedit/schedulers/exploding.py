@@ -277,7 +277,7 @@ class BrownianPath:
         self._paths = [
             torchsde.BrownianInterval(
                 t0=self._ends[0], t1=self._ends[1], size=size, dtype=torch.float32, device="cpu",
-                entropy=one, tol=1e-6, pool_size=24, halfway_tree=True,
+                entropy=one, tol=1e-6, cache_size=200, pool_size=24, halfway_tree=True,
             )
             for one in seeds
         ]
