@@ -76,7 +76,7 @@ def unpacked(package: str) -> Path:
     (root / "npm").mkdir(exist_ok=True)
     archive = root / "npm" / f"{name}-{version}.tgz"
     if not archive.exists():
-        subprocess.run(["npm", "pack", package], cwd=root / "npm", check=True)
+        subprocess.run(["npm", "pack", "--silent", package], cwd=root / "npm", check=True)
     part = folder.with_name(folder.name + ".part")
     with tarfile.open(archive) as tar:
         tar.extractall(part, filter="data")
