@@ -92,7 +92,7 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),
         (("run", "in.png", "a", "-o", "o.png", "--dtype", "int8"), "expected auto"),
         (("run", "in.png", "a", "-o", "o.png", "--device", "tpu"), "cannot be used here"),
-        (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "could not be had from the hub"),
+        (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "the hub"),
         (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "0.001"), "at most 0"),
         (("again", "in.png"), "carries no settings"),
         (("run", "in.png"), "Missing argument"),

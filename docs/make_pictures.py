@@ -1,0 +1,50 @@
+"""Draw the pictures of README.md and docs/strength.md with the default model, from the doodles in examples/.
+
+    python docs/make_pictures.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.sheets import contact_sheet
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = {
+    "apple": "red apple, 3d",
+    "cat": "cat face, 3d",
+    "house": "house, 3d",
+    "car": "car, noto",
+    "boat": "sailboat, 3d",
+    "face": "smiling face, 3d",
+    "tree": "tree, noto",
+    "fish": "fish, twemoji",
+}
+SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": True}
+
+
+def doodle(name: str) -> Image.Image:
+    """An example at the default model's own size."""
+    return Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained()
+    guides = [doodle(name) for name in PROMPTS]
+    generators = [torch.Generator().manual_seed(0) for _ in guides]
+    pictures = pipe(list(PROMPTS.values()), guides, strength=0.65, generator=generators, **SETTINGS).images
+    pairs = [image for pair in zip(guides, pictures, strict=True) for image in pair]
+    labels = [label for prompt in PROMPTS.values() for label in ("", prompt)]
+    contact_sheet(pairs, labels, columns=8).save(ROOT / "docs" / "doodles.png")
+
+    strengths = (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    swept = pipe.sweep(doodle("house"), "house, 3d", strengths, torch.Generator().manual_seed(0), **SETTINGS)
+    swept.sheet(columns=9).save(ROOT / "docs" / "sweep.png")
+
+
+if __name__ == "__main__":
+    main()
