@@ -11,9 +11,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
+from sdedit.loading.textual_inversion import TextualInversionLoader
 
 
-class Pipeline:
+class Pipeline(TextualInversionLoader):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
