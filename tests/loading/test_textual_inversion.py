@@ -161,7 +161,7 @@ def test_folders_and_names(pipe: Any, tmp_path: Path) -> None:
     assert pipe.load_textual_inversion(str(tmp_path), weight_name="mine.pt")[0].token == "<z>"
     with pytest.raises(FileNotFoundError, match=r"it has mine\.pt, sub"):
         pipe.load_textual_inversion(tmp_path)
-    with pytest.raises(ValueError, match="is not a .safetensors file"):
+    with pytest.raises(ValueError, match=r"is not a \.safetensors file"):
         pipe.load_textual_inversion(tmp_path / "mine.pt", use_safetensors=True)
     with pytest.raises(FileNotFoundError, match="no file or folder here"):
         pipe.load_textual_inversion("nowhere.pt")
@@ -205,7 +205,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "whole numbers": ({"<x>": torch.ones(1, WIDTH, dtype=torch.long)}, {}, "expected the vectors"),
     "three axes": ({"<x>": torch.ones(1, 1, WIDTH)}, {}, "expected the vectors"),
     "more than a prompt": ({"<x>": vectors(76)}, {}, "76 vectors, but a prompt has room for 75"),
-    "a bomb": ({"<x>": torch.zeros(1, 1).expand(2_000_000, 2_000_000)}, {}, "expected the vectors"),
+    "a bomb": ({"<x>": torch.zeros(1, 1).expand(2_000_000, 2_000_000)}, {}, "2000000 wide"),
+    "a long bomb": ({"<x>": torch.zeros(1, 1).expand(2_000_000, WIDTH)}, {}, "2000000 vectors, but a prompt has room"),
     "a LoRA": ({"lora_unet_x.lora_down.weight": vectors(4)}, {}, "no textual inversion"),
     "empty": ({}, {}, "no textual inversion"),
     "text": (["<x>", {}], {}, "no file or folder here"),
