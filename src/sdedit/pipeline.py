@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdedit import checks, prompts
 from sdedit.base import Pipeline
+from sdedit.image_prompts import last_rows
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
@@ -113,7 +114,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             eta: 0 for deterministic DDIM, 1 for as much noise as DDPM (arXiv 2010.02502); DDIM only.
             generator: A `torch.Generator`, or a list with one for each picture: each is then the same as alone.
             prompt_embeds, negative_prompt_embeds: Instead of prompts, (B, M, C), as `encode_prompt` gives.
-            ip_adapter_image, ip_adapter_image_embeds: For IP-Adapters.
+            ip_adapter_image, ip_adapter_image_embeds: For IP-Adapters, see `prepare_ip_adapter_image_embeds`.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent".
             return_dict: `False` for a tuple (images, nsfw_content_detected).
             cross_attention_kwargs: `{"scale": s}`, the strength of adapters.
@@ -135,10 +136,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         eta = checks.number("eta", eta, 0, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
-        checks.adapter_arguments(
-            cross_attention_kwargs,
-            {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds},
-        )
+        checks.adapter_arguments(cross_attention_kwargs)
         wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
@@ -157,6 +155,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         )
         of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt)
         checks.generators(generator, len(of_image))
+        image_embeds = self._image_condition(ip_adapter_image, ip_adapter_image_embeds, of_prompt)
         embeds = embeds[of_prompt]
         negative_embeds = None if negative_embeds is None else negative_embeds[of_prompt]
 
@@ -177,7 +176,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 steps,
                 embeds,
                 negative_embeds,
-                self._unet_arguments(cross_attention_kwargs, len(latents)),
+                {**self._unet_arguments(cross_attention_kwargs, len(latents)), "added_cond_kwargs": image_embeds},
                 self._step_arguments(eta, generator),
                 (callback_on_step_end, wanted),
                 start,
@@ -365,7 +364,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                     break
                 latents, guided = tensors["latents"], self.do_classifier_free_guidance
                 sample = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                prediction = self.unet(sample, t, tensors["prompt_embeds"], **unet_arguments)[0]
+                extra = last_rows(unet_arguments, len(sample))
+                prediction = self.unet(sample, t, tensors["prompt_embeds"], **extra)[0]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
                     prediction = without + self.guidance_scale * (with_prompt - without)

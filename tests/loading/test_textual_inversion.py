@@ -11,12 +11,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, clip_vocabulary, needs_shared, picture
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import sdedit
+from conftest import SHARED, clip_vocabulary, needs_shared, picture
 from sdedit import prompts, weighting
 
 BIRB = SHARED / "data/adapters/textual_inversion_birb_style_sd15.bin"
