@@ -106,38 +106,46 @@ class ImagePrompts:
             prepared.append(torch.cat(repeated).to(device or self.unet.device))
         return prepared
 
-    def _image_condition(self, image: Any, embeds: Any, of_prompt: list[int]) -> dict[str, list[Tensor]] | None:
-        """What the UNet gets of a call's images, a row for each picture of the batch; `None` without an adapter."""
+    def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int]) -> ImageEmbeds:
+        """The image embeds of a call, a row for each picture of the batch."""
         if not projections(self.unet):
             if image is not None or embeds is not None:
                 name = "ip_adapter_image" if image is not None else "ip_adapter_image_embeds"
                 raise ValueError(f"{name} was given, but no IP-Adapter is loaded; expected None")
-            return None
-        guided, prepared = self.do_classifier_free_guidance, []
+            return ImageEmbeds([])
+        guided, found = self.do_classifier_free_guidance, []
         for tensor in self.prepare_ip_adapter_image_embeds(image, embeds, do_classifier_free_guidance=guided):
-            rows = []
-            for half in tensor.chunk(2 if guided else 1):
-                if len(half) == 1:
-                    half = half.expand(len(of_prompt), *half.shape[1:])
-                elif len(half) == max(of_prompt) + 1:
-                    half = half[of_prompt]
-                elif len(half) != len(of_prompt):
-                    raise ValueError(
-                        f"ip_adapter_image_embeds: {len(half)} rows for {len(of_prompt)} pictures; expected one, or "
-                        "one for each prompt or picture"
-                    )
-                rows.append(half)
-            prepared.append(torch.cat(rows))
-        return {"image_embeds": prepared}
+            rows = torch.stack(tensor.chunk(2 if guided else 1), dim=1)
+            if len(rows) not in (1, max(of_prompt) + 1, len(of_prompt)):
+                raise ValueError(
+                    f"ip_adapter_image_embeds: {len(rows)} rows for {len(of_prompt)} pictures; expected one, or "
+                    "one for each prompt or picture"
+                )
+            of_one = [0] * len(of_prompt) if len(rows) == 1 else of_prompt
+            found.append(rows if len(rows) == len(of_prompt) else rows[of_one])
+        return ImageEmbeds(found)
 
 
-def last_rows(unet_arguments: dict[str, Any], count: int) -> dict[str, Any]:
-    """The UNet's arguments with the last rows of image embeds: the positive half once guidance is turned off."""
-    added = unet_arguments["added_cond_kwargs"]
-    if added is None:
-        return unet_arguments
-    last = [embeds[-count:] for embeds in added["image_embeds"]]
-    return {**unet_arguments, "added_cond_kwargs": {"image_embeds": last}}
+class ImageEmbeds:
+    """Image embeds of a batch: for each adapter (B, halves, images, …), the negative half first; perhaps for none."""
+
+    def __init__(self, embeds: list[Tensor]) -> None:
+        self.embeds = embeds
+
+    def to(self, dtype: torch.dtype) -> ImageEmbeds:
+        """In another dtype."""
+        return ImageEmbeds([embeds.to(dtype) for embeds in self.embeds])
+
+    def reordered(self, order: list[int]) -> ImageEmbeds:
+        """With the pictures in another order."""
+        return ImageEmbeds([embeds[order] for embeds in self.embeds])
+
+    def arguments(self, count: int, guided: bool) -> dict[str, Any]:
+        """What the UNet gets for the first `count` pictures; without guidance the last half, even if there was some."""
+        if not self.embeds:
+            return {}
+        wanted = [embeds[:count, -2 if guided else -1 :].transpose(0, 1).flatten(0, 1) for embeds in self.embeds]
+        return {"added_cond_kwargs": {"image_embeds": wanted}}
 
 
 def _checked(embeds: Any, layer: Any, halves: int) -> Tensor:

@@ -363,6 +363,19 @@ def test_images_of_any_kind(pipe: Any, root: Path) -> None:
     assert pipe.encode_image([guide, clear], num_images_per_prompt=2)[1].shape == (4, EMBEDS)
 
 
+def test_pictures_with_strengths_of_their_own(pipe: Any, root: Path) -> None:
+    """They come in another order in the loop, and leave it one after the other, with their image embeds."""
+    pipe.load_ip_adapter(root / "models/base.bin")
+    embeds = [pipe.prepare_ip_adapter_image_embeds(picture(64, 64, i), None)[0] for i in (8, 9)]
+    both = [torch.cat([embeds[0][:1], embeds[1][:1], embeds[0][1:], embeds[1][1:]])]
+    seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
+    pair = draw(pipe, prompt=["a", "b"], ip_adapter_image_embeds=both, generator=seeds, strength=[0.4, 1.0])
+    for i, strength in enumerate([0.4, 1.0]):
+        seed = torch.Generator().manual_seed(i + 1)
+        alone = draw(pipe, prompt="ab"[i], ip_adapter_image_embeds=[embeds[i]], generator=seed, strength=strength)
+        assert np.abs(pair[i] - alone[0]).max() < 1e-5
+
+
 def test_guidance_may_end_early(pipe: Any, root: Path) -> None:
     """A callback turns guidance off: the UNet then sees the positive image embeds alone."""
     pipe.load_ip_adapter(root / "models/base.bin")

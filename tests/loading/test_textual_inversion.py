@@ -116,7 +116,7 @@ def test_every_layout(pipe: Any, tmp_path: Path, layout: str, count: int) -> Non
     tokens = ["word", "word_1", "word_2"][:count]
     for token, vector in zip(tokens, data, strict=True):
         assert torch.equal(row(pipe, token), vector)
-    ids = prompts.tokenize(pipe.tokenizer, ["a Word cat"])[0, 1:-1].tolist()  # capitals are small letters to CLIP
+    ids = prompts.tokenize(pipe.tokenizer, ["a Word cat"], 77)[0, 1:-1].tolist()  # capitals are small letters to CLIP
     assert ids[1 : 1 + count] == pipe.tokenizer.convert_tokens_to_ids(tokens)
     assert pipe.unload_textual_inversion() == ["word"]
     assert state(pipe) == before
@@ -338,7 +338,7 @@ def test_a_real_file(tmp_path: Path) -> None:
     assert str(report) == "'<birb-style>', 1 vector"
     theirs = torch.load(BIRB, weights_only=True)["<birb-style>"]
     assert torch.equal(row(loader, "<birb-style>"), theirs)
-    ids = prompts.tokenize(tokenizer, ["a cat, <birb-style>"])
+    ids = prompts.tokenize(tokenizer, ["a cat, <birb-style>"], 77)
     assert torch.isfinite(prompts.encode(encoder, ids)).all()
     loader.unload_textual_inversion()
     assert state(loader) == before
