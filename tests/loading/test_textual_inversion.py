@@ -148,6 +148,7 @@ def test_lists_and_tokens(pipe: Any, tmp_path: Path) -> None:
     assert torch.equal(row(pipe, "<v>_1"), three[1])
     pipe.unload_textual_inversion()
     assert pipe.unload_textual_inversion() == []
+    assert pipe.load_textual_inversion([]) == []
     assert state(pipe) == before
 
 

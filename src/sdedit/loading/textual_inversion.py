@@ -128,7 +128,8 @@ class TextualInversionLoader:
             for one in found
             for name, row in zip(_tokens(str(one.token), len(one.vectors)), one.vectors, strict=True)
         }
-        _insert(tokenizer, text_encoder, vectors)
+        if vectors:
+            _insert(tokenizer, text_encoder, vectors)
         return [EmbeddingReport(str(one.token), len(one.vectors), one.left_out) for one in found]
 
     def unload_textual_inversion(
