@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def test_a_tokenizer_that_numbers_otherwise_is_left_as_it_was(pipe: Any, monkeyp
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("name", ["code.pt", "notes.pt", "x.safetensors"])
+@pytest.mark.parametrize("name", ["code.pt", "notes.pt", "x.safetensors", "pointer.pt", "bomb.pt"])
 def test_damaged_and_hostile_files(pipe: Any, tmp_path: Path, name: str) -> None:
     class Code:
         def __reduce__(self) -> Any:
@@ -247,10 +248,16 @@ def test_damaged_and_hostile_files(pipe: Any, tmp_path: Path, name: str) -> None
     path = tmp_path / name
     if name == "code.pt":
         torch.save({"string_to_param": {"*": vectors(1)}, "name": Code()}, path)
+    elif name == "bomb.pt":  # 64 KB that unpack to 64 MB
+        torch.save({"<x>": torch.zeros(500_000, WIDTH)}, tmp_path / "plain.pt")
+        with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            for member in plain.namelist():
+                bomb.writestr(member, plain.read(member))
     else:
-        path.write_bytes(b"nothing of the kind")
+        path.write_bytes(b"version https://git-lfs" if name == "pointer.pt" else b"nothing of the kind")
     before = state(pipe)
-    with pytest.raises(ValueError, match="code is not run" if name == "code.pt" else "damaged"):
+    why = {"code.pt": "code is not run", "pointer.pt": "git-lfs pointer"}.get(name, "damaged")
+    with pytest.raises(ValueError, match=why):
         pipe.load_textual_inversion(path)
     assert state(pipe) == before
     assert not (tmp_path / "pwned").exists()

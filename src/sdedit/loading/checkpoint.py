@@ -7,7 +7,6 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,25 +89,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
-    held = read_pickle(path)
-    if not isinstance(held, dict) or not all(isinstance(k, str) and is_plain(t) for k, t in held.items()):
-        raise ValueError(f"{path} holds something other than named tensors; expected the weights of one network")
-    return held
-
-
-def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
-    """What a pickle holds, read with `weights_only=True`: tensors, numbers, strings, and lists and dicts of them.
-
-    Args:
-        stand_ins: Classes of ours to make instead of the classes that the pickle names.
-
-    Raises:
-        ValueError: It is damaged, or names code.
-    """
     try:
         # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
-        with torch.serialization.safe_globals(list(stand_ins)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         plain = str(error) and "weights_only" not in str(error)
@@ -118,10 +101,12 @@ def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
         raise ValueError(
             f"{path} is damaged, or a pickle that is not only tensors ({reason}): use the .safetensors file instead"
         ) from error
+    if not isinstance(held, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in held.items()):
+        raise ValueError(f"{path} holds something other than named tensors; expected the weights of one network")
+    return held
 
 
-def is_plain(value: object) -> bool:
-    """Is it a dense tensor, with values?"""
+def _is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
@@ -169,13 +154,6 @@ def compare(
     expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], model: nn.Module, files: Collection[Path]
 ) -> None:
     """Raise `ValueError` with every name that is missing (-), unknown (+) or of another shape."""
-    if shown := differences(expected, found):
-        where = ", ".join(str(file) for file in files)
-        raise ValueError(f"{where} does not fit {type(model).__name__} as its config.json describes it:\n{shown}")
-
-
-def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
-    """Lines with every name that is missing (-), unknown (+) or of another shape (!), the first 20; or nothing."""
     lines = [f"- {name} {list(expected[name])} is missing" for name in expected if name not in found]
     lines += [f"+ {name} {list(found[name])} is not expected" for name in found if name not in expected]
     lines += [
@@ -183,7 +161,10 @@ def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Si
         for name in expected
         if name in found and expected[name] != found[name]
     ]
-    return "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
+    if lines:
+        shown = "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
+        where = ", ".join(str(file) for file in files)
+        raise ValueError(f"{where} does not fit {type(model).__name__} as its config.json describes it:\n{shown}")
 
 
 def save_weights(

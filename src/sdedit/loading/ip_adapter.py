@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit.loading.checkpoint import differences, is_plain, read_pickle, read_weights
+from sdedit.loading.nested import differences, is_plain, read_nested
 from sdedit.loading.pretrained import find_folder, load_component
 from sdedit.loading.sources import find_file
 from sdedit.models import ip_adapter
@@ -83,7 +83,7 @@ class IPAdapterLoader:
             else:
                 file = find_file(source, _names(source, its_subfolder, name), subfolder=its_subfolder, **hub)
                 where = str(file)
-                state = read_weights(file) if file.suffix == ".safetensors" else read_pickle(file)
+                state = read_nested(file)
                 folder = folder or _encoder_folder(source, its_subfolder, image_encoder_folder)
             adapters.append(_make(_flat(state, where), where, self.unet))
         parts = self._vision_parts(adapters, folder if image_encoder_folder else None, image_encoder_folder, hub)

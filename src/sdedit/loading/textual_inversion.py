@@ -11,14 +11,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdedit import prompts
-from sdedit.loading.checkpoint import is_plain, read_pickle, read_weights
+from sdedit.loading.nested import is_plain, read_nested
 from sdedit.loading.sources import find_file
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
@@ -118,7 +117,7 @@ class TextualInversionLoader:
             if isinstance(source, (str, os.PathLike)):
                 file = find_file(source, _allowed(names, use_safetensors), subfolder=subfolder, **hub)
                 _allowed([file.name], use_safetensors)
-                found += _parse(_read(file), str(file), file.stem)
+                found += _parse(read_nested(file, _STAND_INS), str(file), file.stem)
             else:
                 found += _parse(source, "the embedding given", None)
         found = _named(found, token)
@@ -177,10 +176,6 @@ def _allowed(names: Sequence[str], use_safetensors: bool | None) -> Sequence[str
         kind = "not a .safetensors file" if use_safetensors else "a .safetensors file"
         raise ValueError(f"{names[0]} is {kind}, and use_safetensors={use_safetensors}")
     return kept
-
-
-def _read(file: Path) -> Any:
-    return read_weights(file) if file.suffix == ".safetensors" else read_pickle(file, _STAND_INS)
 
 
 def _parse(state: Any, where: str, stem: str | None) -> list[_Embedding]:
