@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from conftest import picture
 from sdedit.metadata import read_settings
@@ -53,6 +55,28 @@ def test_run_and_again(work: Path, folder: Path) -> None:
     with Image.open(work / "out.png") as first, Image.open(work / "elsewhere" / "twice.png") as second:
         assert first.size == (60, 44)
         assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_embeddings_are_loaded_and_kept_in_the_settings(work: Path, folder: Path) -> None:
+    (work / "words").mkdir()
+    torch.save({"<x>": torch.full((2, 32), 2.0)}, work / "words/x, 1.bin")
+    save_file({"emb_params": torch.full((1, 32), -2.0)}, work / "words/<y>.safetensors")
+    run = ("run", "in.png", "a <x> (<y>:1.3)", "-o", "out.png", "--model", folder, "--steps", 3, "--seed", 7)
+    words = ("--embedding", "words/x, 1.bin", "--embedding", "words/<y>.safetensors")
+    ran = sdedit(*run, *words, "--negative", "<y>", "--weighting", cwd=work)
+    assert ran.returncode == 0, ran.stderr
+    assert "embedding '<x>', 2 vectors\nembedding '<y>', 1 vector\n" in ran.stderr
+    assert read_settings(work / "out.png").embeddings == ("words/x, 1.bin", "words/<y>.safetensors")
+    (work / "elsewhere").mkdir()
+    assert sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
+    assert sdedit(*run[:4], "plain.png", *run[5:], "--weighting", cwd=work).returncode == 0
+    paths = (work / "out.png", work / "elsewhere/twice.png", work / "plain.png")
+    drawn, twice, plain = (np.asarray(Image.open(path)) for path in paths)
+    assert np.array_equal(drawn, twice)
+    assert not np.array_equal(drawn, plain)
+    ran = sdedit(*run, "--embedding", "none.pt", cwd=work)
+    assert ran.returncode == 2
+    assert "error: --embedding none.pt does not exist" in ran.stderr
 
 
 def test_again_wants_the_same_input_image(work: Path, folder: Path) -> None:

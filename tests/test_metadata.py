@@ -27,6 +27,7 @@ PROMPT = TEXT.filter(lambda t: not t.startswith("Negative prompt:"))
     strength=st.floats(0, 1),
     size=st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
     image=st.one_of(st.none(), TEXT.filter(bool)),
+    embeddings=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
 )
 def test_settings_survive_their_text(**values: object) -> None:
     settings = Settings(**values, sampler="DPM++ 2M", schedule_type="Karras")  # type: ignore[arg-type]

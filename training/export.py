@@ -80,20 +80,24 @@ def card(model: train_unet.Painter, vae: nn.Module, state: dict) -> str:
     }
     psnr = train_vae.psnr(vae, pictures, held_out)
     print(f"PSNR {psnr:.2f} dB over {len(held_out)} held-out pictures")
-    return (HERE / "card.md").read_text("utf-8").format(
-        **sizes,
-        total=sum(sizes.values()),
-        psnr=psnr,
-        held_out=len(held_out),
-        every=HOLD_OUT_EVERY,
-        things=len(things()),
-        pictures=len(read_json(work_folder() / "latents.json")),
-        length=LENGTH,
-        batch=state["batch"],
-        unet_steps=state["step"],
-        unet_minutes=state["seconds"] / 60,
-        vae_steps=vae_state["step"],
-        vae_minutes=vae_state["seconds"] / 60,
+    return (
+        (HERE / "card.md")
+        .read_text("utf-8")
+        .format(
+            **sizes,
+            total=sum(sizes.values()),
+            psnr=psnr,
+            held_out=len(held_out),
+            every=HOLD_OUT_EVERY,
+            things=len(things()),
+            pictures=len(read_json(work_folder() / "latents.json")),
+            length=LENGTH,
+            batch=state["batch"],
+            unet_steps=state["step"],
+            unet_minutes=state["seconds"] / 60,
+            vae_steps=vae_state["step"],
+            vae_minutes=vae_state["seconds"] / 60,
+        )
     )
 
 

@@ -157,8 +157,15 @@ def token_ids(words: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 @torch.inference_mode()
-def sample(model: Painter, words: CLIPTokenizer, start: Tensor, prompts: list[str], strength: float, guidance: float,
-           steps: int = 20) -> Tensor:
+def sample(
+    model: Painter,
+    words: CLIPTokenizer,
+    start: Tensor,
+    prompts: list[str],
+    strength: float,
+    guidance: float,
+    steps: int = 20,
+) -> Tensor:
     """Image-to-image in latents: DDIM from `start` noised as far as `strength` says; at 1, as good as from noise."""
     ids = token_ids(words, [""] * len(prompts) + prompts)
     levels = [i * (STEPS // steps) + 1 for i in range(round(steps * strength))][::-1]

@@ -161,8 +161,10 @@ def main() -> None:
             print(f"  held-out PSNR {psnr(load_vae(), pictures, held_out):.2f} dB", flush=True)
     save()
     print(f"stopped at {step} steps, {spent / 60:.1f} min")
-    print(f"PSNR: held-out {psnr(load_vae(), pictures, held_out):.2f} dB, "
-          f"listed things {psnr(load_vae(), pictures, listed[::10]):.2f} dB")
+    print(
+        f"PSNR: held-out {psnr(load_vae(), pictures, held_out):.2f} dB, "
+        f"listed things {psnr(load_vae(), pictures, listed[::10]):.2f} dB"
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from sdedit.image_prompts import ImagePrompts
+from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
+from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
-class Pipeline:
+class Pipeline(TextualInversionLoader, IPAdapterLoader, ImagePrompts):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any

@@ -68,7 +68,7 @@ def generators(value: Any, batch: int) -> None:
         raise ValueError(f"generator: {len(value)} generators for {batch} images; expected one, or one for each image")
 
 
-def adapter_arguments(cross_attention_kwargs: Any, ip_adapter: Mapping[str, Any]) -> None:
+def adapter_arguments(cross_attention_kwargs: Any) -> None:
     """What adapters would use."""
     if cross_attention_kwargs is not None:
         if not isinstance(cross_attention_kwargs, Mapping):
@@ -79,9 +79,6 @@ def adapter_arguments(cross_attention_kwargs: Any, ip_adapter: Mapping[str, Any]
             raise ValueError(f"cross_attention_kwargs has {', '.join(map(repr, wrong))}; expected only 'scale'")
         if "scale" in cross_attention_kwargs:
             number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"])
-    for name, value in ip_adapter.items():
-        if value is not None:
-            raise ValueError(f"{name} was given, but no IP-Adapter is loaded; expected None")
 
 
 def callback(on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> list[str]:

@@ -44,6 +44,9 @@ ExactSteps = Annotated[
 Weighting = Annotated[
     bool, typer.Option("--weighting", help="Read (word:1.2), [word] and BREAK in prompts, of any length.")
 ]
+Embedding = Annotated[
+    list[str] | None, typer.Option(help="A textual inversion, for its word in prompts; may be given several times.")
+]
 DType = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Size = Annotated[
@@ -72,6 +75,7 @@ def run(
     exact_steps: ExactSteps = False,
     extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
     weighting: Weighting = False,
+    embedding: Embedding = None,
     max_megapixels: MaxMegapixels = 100,
     debug: Debug = False,
 ) -> None:
@@ -93,6 +97,7 @@ def run(
         exact_steps=exact_steps,
         extra_noise=extra_noise,
         weighting=weighting,
+        embeddings=tuple(embedding or ()),
     )
     guide = _open(image, max_megapixels)
     settings.image_hash = hash_file(image)
@@ -124,6 +129,8 @@ def again(
     if model is None and _beside(picture, settings.model).is_dir():
         model = str(_beside(picture, settings.model))
     settings.model = model or settings.model
+    paths = {name: _beside(picture, name) for name in settings.embeddings}
+    settings.embeddings = tuple(str(path) if path.exists() else name for name, path in paths.items())
     if settings.scheduler is None and settings.sampler is not None:
         settings.scheduler = scheduler_from_label(settings.sampler, settings.schedule_type)
     size = f"{settings.size[0]}x{settings.size[1]}" if settings.size else "auto"
@@ -152,6 +159,7 @@ def sweep(
     size: Size = "auto",
     exact_steps: ExactSteps = False,
     weighting: Weighting = False,
+    embedding: Embedding = None,
     max_megapixels: MaxMegapixels = 100,
     debug: Debug = False,
 ) -> None:
@@ -162,7 +170,8 @@ def sweep(
     except ValueError:
         raise ValueError(f"--strengths {strengths}; expected numbers with commas between them") from None
     chosen = None if dtype == "auto" else dtype
-    settings = Settings(prompt, model=model, scheduler=scheduler, dtype=chosen)
+    embeddings = tuple(embedding or ())
+    settings = Settings(prompt, model=model, embeddings=embeddings, scheduler=scheduler, dtype=chosen)
     pipe, guide = _ready(settings, _open(image, max_megapixels), device, size)
     import torch
 
@@ -230,8 +239,13 @@ def _ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[An
     own = settings.scheduler in (None, "own")
     if not own and settings.scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler {settings.scheduler}; expected one of {', '.join(SCHEDULERS)}")
+    for name in settings.embeddings:
+        if not Path(name).exists() and name.count("/") != 1:  # a hub id has one
+            raise FileNotFoundError(f"--embedding {name} does not exist")
     where, dtype = _place(device, settings.dtype)
     pipe = _load(settings.model, dtype).to(where)
+    for report in pipe.load_textual_inversion(settings.embeddings):
+        _say(f"embedding {report}")
     if not own:
         pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
     guide = _resized(guide, size, pipe)
@@ -268,6 +282,8 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
     settings.image = os.path.relpath(image, output.absolute().parent)
     if settings.model != "default" and Path(settings.model).is_dir():
         settings.model = os.path.relpath(settings.model, output.absolute().parent)
+    folder = output.absolute().parent
+    settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
     for i, (picture, seed) in enumerate(zip(drawn.images, seeds, strict=True)):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}")
         settings.seed = seed

@@ -31,6 +31,7 @@ _KEYS = {
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
+    "embeddings": "Embeddings",
     "strength": "Denoising strength",
     "extra_noise": "Extra noise",
     "exact_steps": "Exact steps",
@@ -53,6 +54,7 @@ class Settings:
         size: (width, height) in pixels of the picture, to which the input image is brought.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         model: `"default"`, a folder, or a hub id.
+        embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
     """
 
     prompt: str
@@ -67,6 +69,7 @@ class Settings:
     seed: int = 0
     size: tuple[int, int] | None = None
     model: str = "default"
+    embeddings: tuple[str, ...] = ()
     strength: float = 0.8
     dtype: str | None = None
     extra_noise: float = 0.0
@@ -79,8 +82,9 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and value is not False and (name != "extra_noise" or value):
+            if value is not None and value is not False and value != () and (name != "extra_noise" or value):
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
+                written = "\n".join(value) if name == "embeddings" else written
                 pairs.append(f"{key}: {_quote(written)}")
         lines = [self.prompt] + ([f"Negative prompt: {self.negative}"] if self.negative else [])
         return "\n".join([*lines, ", ".join(pairs)])
@@ -127,6 +131,8 @@ def _read_value(name: str, key: str, value: str) -> Any:
             width, height = value.split("x")
             return int(width), int(height)
         kind = {f.name: str(f.type) for f in fields(Settings)}[name]
+        if name == "embeddings":
+            return tuple(value.split("\n"))
         if kind == "bool":
             return value == "True"
         return int(value) if kind == "int" else float(value) if kind == "float" else value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdedit import checks, prompts, runs, weighting
 from sdedit.base import Pipeline
+from sdedit.image_prompts import ImageEmbeds
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
@@ -114,7 +115,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             eta: 0 for deterministic DDIM, 1 for as much noise as DDPM (arXiv 2010.02502); DDIM only.
             generator: A `torch.Generator`, or a list with one for each picture: each is then the same as alone.
             prompt_embeds, negative_prompt_embeds: Instead of prompts, (B, M, C), as `encode_prompt` gives.
-            ip_adapter_image, ip_adapter_image_embeds: For IP-Adapters.
+            ip_adapter_image, ip_adapter_image_embeds: For IP-Adapters, see `prepare_ip_adapter_image_embeds`.
             output_type: "pil", "np" (B, H, W, C), "pt" (B, C, H, W), both in [0, 1], or "latent".
             return_dict: `False` for a tuple (images, nsfw_content_detected).
             cross_attention_kwargs: `{"scale": s}`, the strength of adapters.
@@ -142,10 +143,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         extra_noise = checks.number("extra_noise", extra_noise, 0, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
-        checks.adapter_arguments(
-            cross_attention_kwargs,
-            {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds},
-        )
+        checks.adapter_arguments(cross_attention_kwargs)
         wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
@@ -166,6 +164,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
         of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt, settings)
         checks.generators(generator, len(of_image))
+        image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt)
         embeds = embeds[of_prompt]
         negative_embeds = None if negative_embeds is None else negative_embeds[of_prompt]
 
@@ -183,7 +182,9 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             # 4. Denoise.
             run = runs.make(starts, len(latents), eta, generator)
             arguments = {"cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
-            latents = self._denoise(run, latents, embeds, negative_embeds, arguments, (callback_on_step_end, wanted))
+            latents = self._denoise(
+                run, latents, embeds, negative_embeds, image_embeds, arguments, (callback_on_step_end, wanted)
+            )
         ran: dict[str, Any] = {"steps": [s.steps for s in starts], "start_sigmas": [s.sigma for s in starts]}
         if output_type == "latent":
             return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
@@ -300,6 +301,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         latents: Tensor,
         embeds: Tensor,
         negative_embeds: Tensor | None,
+        image_embeds: ImageEmbeds,
         unet_arguments: dict[str, Any],
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
     ) -> Tensor:
@@ -309,7 +311,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         embeds, negative_embeds = embeds[order], None if negative_embeds is None else negative_embeds[order]
         # Callbacks know prompt embeds as the UNet's batch: the negative half first.
         both = embeds if negative_embeds is None else torch.cat([negative_embeds, embeds])
-        tensors = {"latents": latents[order], "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
+        tensors: dict[str, Any] = {"latents": latents[order], "image_embeds": image_embeds.reordered(order)}
+        tensors |= {"prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
         scale, own = self._guidance_scale, self.unet.dtype
         scale = [scale[i] for i in order] if isinstance(scale, list) else scale
 
@@ -343,7 +346,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 guided = self.do_classifier_free_guidance
                 if guided:
                     sample, t = torch.cat([sample] * 2), torch.cat([t] * 2) if t.ndim else t
-                prediction = self.unet(sample, t, embeds, timestep_cond=_first(condition, count), **unet_arguments)[0]
+                extra = {"timestep_cond": _first(condition, count), **tensors["image_embeds"].arguments(count, guided)}
+                prediction = self.unet(sample, t, embeds, **extra, **unet_arguments)[0]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
                     prediction = without + self._guidance_weight(without) * (with_prompt - without)
@@ -354,8 +358,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                     tensors.update(checks.callback_result(on_step_end(self, i, t, seen)))
                 if (i + 1) % run.order == 0 or i + 1 == len(run):
                     bar.update()
-        latents = tensors["latents"]
-        return latents
+        return tensors["latents"]
 
     def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
         """What a model distilled with guidance is told of it, (B, C)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +12,40 @@ import torch
 from torch import Tensor
 
 
+def embeddings(tokenizer: Any) -> dict[str, list[str]]:
+    """Textual inversions that a tokenizer knows: each token T with the tokens of its vectors, T, T_1, T_2, …
+
+    They are the tokens that were added to the vocabulary and are not special.
+    """
+    known: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    added = [known[i].content for i in sorted(known) if not known[i].special]
+    found = {
+        token: [token, *itertools.takewhile(added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))]
+        for token in added
+    }
+    later = {name for names in found.values() for name in names[1:]}
+    return {token: names for token, names in found.items() if token not in later}
+
+
+def expand(tokenizer: Any, prompt: str) -> str:
+    """Write each textual inversion in a prompt out as the tokens of all its vectors: T becomes `T T_1 T_2`.
+
+    Where they are written out already they stay as they are. Like CLIP, this takes capitals for small letters.
+    """
+    written: dict[str, str] = {}
+    for token, names in embeddings(tokenizer).items():
+        whole = " ".join(names)
+        written |= {name.lower(): name for name in names} | {token.lower(): whole, whole.lower(): whole}
+    if not written:
+        return prompt
+    # The longest first, so that no token is found inside another one.
+    pattern = "|".join(map(re.escape, sorted(written, key=len, reverse=True)))
+    return re.sub(pattern, lambda m: written.get(m[0].lower(), m[0]), prompt, flags=re.IGNORECASE)
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Token ids (B, length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
+    prompts = [expand(tokenizer, prompt) for prompt in prompts]
     ids: Tensor = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids

@@ -73,7 +73,7 @@ def chunks(tokenizer: Any, prompt: str) -> list[Chunk]:
         if weight is None:
             made.append(([], []))
             continue
-        for token in tokenizer(text, add_special_tokens=False).input_ids:
+        for token in tokenizer(prompts.expand(tokenizer, text), add_special_tokens=False).input_ids:
             if len(made[-1][0]) == room:
                 made.append(([], []))
             made[-1][0].append(token)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What is attended to: the text, or the text and, for each IP-Adapter, image tokens (B, M, context_dim).
+Context = Tensor | tuple[Tensor, list[Tensor]]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: bool = False) -> Tensor:
@@ -22,6 +28,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: 
         q, k, v = q.float(), k.float(), v.float()
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+class ImageKeysValues(nn.Module):
+    """An IP-Adapter's part in one layer: keys and values of image tokens, and how much they weigh."""
+
+    def __init__(self, context_dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.to_k_ip = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v_ip = nn.Linear(context_dim, inner_dim, bias=False)
+        self.scale = 1.0
 
 
 class Attention(nn.Module):
@@ -47,11 +63,19 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or query_dim, inner, bias=bias)
         self.to_v = nn.Linear(context_dim or query_dim, inner, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim), nn.Dropout(dropout)])
+        self.ip_adapters = nn.ModuleList()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x (B, N, query_dim), context (B, M, context_dim) or x itself → (B, N, query_dim)."""
-        context = x if context is None else context
-        out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, upcast=self.upcast)
+        text, images = context if isinstance(context, tuple) else (context, [])
+        text = x if text is None else text
+        query = self.to_q(x)
+        out = attention(query, self.to_k(text), self.to_v(text), self.heads, upcast=self.upcast)
+        adapters = cast("Iterable[ImageKeysValues]", self.ip_adapters)
+        for adapter, tokens in zip(adapters, images, strict=False):  # attention to itself has none
+            if adapter.scale:
+                key, value = adapter.to_k_ip(tokens), adapter.to_v_ip(tokens)
+                out = out + adapter.scale * attention(query, key, value, self.heads, upcast=self.upcast)
         return self.to_out[1](self.to_out[0](out))
 
 
@@ -62,7 +86,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -118,7 +142,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, N, dim), context (B, M, context_dim) → (B, N, dim)."""
         x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), context)
@@ -162,7 +186,7 @@ class Transformer2DModel(nn.Module):
             for _ in range(depth)
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, C, H, W), context (B, M, context_dim) → (B, C, H, W)."""
         _B, _C, H, W = x.shape
         h = self.norm(x)

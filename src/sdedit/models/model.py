@@ -80,4 +80,7 @@ class Model(nn.Module, Configurable):
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
         self.save_config(save_directory)
-        save_weights(self.state_dict(), save_directory, self.weights_name, variant)
+        # IP-Adapters are files of their own.
+        theirs = ("encoder_hid_proj.", ".ip_adapters.")
+        state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
+        save_weights(state, save_directory, self.weights_name, variant)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sdedit.models.attention import Transformer2DModel
+from sdedit.models.attention import Context, Transformer2DModel
 from sdedit.models.layers import (
     Downsample2D,
     ResnetBlock2D,
@@ -72,7 +72,7 @@ class _Block(nn.Module):
         self.has_attention = transformer is not None
         self.downsamplers, self.upsamplers = downsamplers, upsamplers
 
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Context) -> Tensor:
         """The i-th residual block and its attention."""
         x = self.resnets[i](x, temb)
         return self.attentions[i](x, context) if self.has_attention else x
@@ -86,7 +86,7 @@ class _MidBlock(nn.Module):
         self.attentions = nn.ModuleList([] if transformer is None else [Transformer2DModel(channels, **transformer)])
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, **resnet) for _ in range(2))
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, temb)
         for attention in self.attentions:
             x = attention(x, context)
@@ -213,6 +213,7 @@ class UNet2DConditionModel(Model):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_act = activation(act_fn)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.encoder_hid_proj: nn.Module | None = None  # an IP-Adapter's, if one is loaded
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> UNet2DConditionModel:
@@ -238,6 +239,7 @@ class UNet2DConditionModel(Model):
         class_labels: None = None,
         timestep_cond: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
@@ -252,10 +254,11 @@ class UNet2DConditionModel(Model):
             class_labels: Must be `None`: these models have no classes.
             timestep_cond: (B, time_cond_proj_dim), for models with that key.
             cross_attention_kwargs: Only `{"scale": s}`, the strength of adapters.
+            added_cond_kwargs: `{"image_embeds": [...]}` where IP-Adapters are loaded, for each of them (B, images, …).
             down_block_additional_residuals: One a skip connection, added to it (ControlNet).
             mid_block_additional_residual: Added to the features in the middle (ControlNet).
             return_dict: `False` for a plain tuple.
-            others: What other models take, such as `added_cond_kwargs`; must be `None`.
+            others: What other models take, such as `attention_mask`; must be `None`.
         """
         for name, value in {"class_labels": class_labels, **others}.items():
             if value is not None:
@@ -270,12 +273,13 @@ class UNet2DConditionModel(Model):
             freq_shift=self.config.freq_shift,
         )
         temb = self.time_embedding(sinusoids.to(sample.dtype), timestep_cond)
+        context = self._context(encoder_hidden_states, added_cond_kwargs or {})
 
         x = self.conv_in(sample)
         skips = [x]
         for block in cast("Iterable[_Block]", self.down_blocks):
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, temb, encoder_hidden_states)
+                x = block.layer(i, x, temb, context)
                 skips.append(x)
             if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
@@ -284,13 +288,13 @@ class UNet2DConditionModel(Model):
             skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
 
         if self.mid_block is not None:
-            x = self.mid_block(x, temb, encoder_hidden_states)
+            x = self.mid_block(x, temb, context)
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
 
         for block in cast("Iterable[_Block]", self.up_blocks):
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, encoder_hidden_states)
+                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context)
             if block.upsamplers is not None:
                 # The size of the next skip, not twice ours: odd sizes were rounded up on the way down.
                 height, width = skips[-1].shape[2:]
@@ -298,6 +302,13 @@ class UNet2DConditionModel(Model):
 
         x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _context(self, text: Tensor, added: dict[str, Any]) -> Context:
+        """What the layers attend to: the text, and the image tokens of IP-Adapters where there are any."""
+        if (self.encoder_hid_proj is None) != ("image_embeds" not in added) or set(added) - {"image_embeds"}:
+            expected = "None" if self.encoder_hid_proj is None else "{'image_embeds': [...]}, for the IP-Adapter"
+            raise ValueError(f"added_cond_kwargs with {sorted(added) or 'nothing'}; expected {expected}")
+        return text if self.encoder_hid_proj is None else (text, self.encoder_hid_proj(added["image_embeds"]))
 
 
 def _per_block(name: str, value: Any, depth: int) -> list[Any]:

@@ -1,0 +1,54 @@
+"""Files of adapters: tensors with numbers, strings and dicts around them, read as safely as weights."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdedit.files import refuse_lfs_pointer
+from sdedit.loading.checkpoint import read_weights
+
+
+def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+    """What a safetensors file holds, or a pickle, read with `weights_only=True`.
+
+    Args:
+        stand_ins: Classes of ours to make instead of the classes that the pickle names.
+
+    Raises:
+        ValueError: It is a git-lfs pointer, damaged, or names code.
+    """
+    if path.suffix == ".safetensors":
+        return read_weights(path)
+    refuse_lfs_pointer(path)
+    try:
+        # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
+        with torch.serialization.safe_globals(list(stand_ins)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {code[1]}, which is code, and code is not run" if code else type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds more than tensors, numbers and strings ({reason})") from error
+
+
+def is_plain(value: object) -> bool:
+    """Is it a dense tensor, with values?"""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
+    """Lines with every name that is missing (-), unknown (+) or of another shape (!), the first 20; or nothing."""
+    lines = [f"- {name} {list(expected[name])} is missing" for name in expected if name not in found]
+    lines += [f"+ {name} {list(found[name])} is not expected" for name in found if name not in expected]
+    lines += [
+        f"! {name} is {list(found[name])} in the file; {list(expected[name])} expected"
+        for name in expected
+        if name in found and expected[name] != found[name]
+    ]
+    return "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
