@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdedit.files import read_json, write_atomically
-from sdedit.loading.headers import TensorInfo, read_header
+from sdedit.loading.headers import Header, TensorInfo, read_header
 from sdedit.loading.keymaps import OLD_VAE_ATTENTION
 from sdedit.loading.pickles import StoredTensor
 
@@ -69,17 +69,18 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def read_weights(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+def read_weights(path: Path, names: Collection[str] | None = None, header: Header | None = None) -> dict[str, Tensor]:
     """Map the tensors of a safetensors file, or of a pickle read with `weights_only=True`, into memory.
 
     Args:
         names: Those that are wanted; all if `None`.
+        header: The file's header, if it was read before.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is a git-lfs pointer, damaged, or holds anything but named tensors.
     """
-    header = read_header(path)
+    header = header or read_header(path)
     if header.kind == "safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:

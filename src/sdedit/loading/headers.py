@@ -175,9 +175,7 @@ def _read_zip(path: Path, also: frozenset[str]) -> Any:
     except ValueError:
         raise
     except Exception as error:  # a damaged zip raises errors of many classes
-        raise ValueError(
-            f"is a damaged zip ({str(error)[:100] or type(error).__name__}), or one of two models"
-        ) from error
+        raise ValueError(f"is a damaged zip ({str(error)[:100] or type(error).__name__})") from error
     for tensor in _tensors(tree):
         storage, member = tensor.storage, members.get(f"{root}data/{tensor.storage.key}")
         if member is None or member.file_size < storage.count * storage.dtype.itemsize:
