@@ -132,6 +132,17 @@ def models(debug: Debug = False) -> None:
             typer.echo(f"{name}\t{size / 1e6:,.0f} MB\t{folder}")
 
 
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, VAE, LoRA, embedding, IP-Adapter or model folder.")],
+    debug: Debug = False,
+) -> None:
+    """Say what FILE is, and whether it would load; only its header is read."""
+    from sdedit.loading.inspect import describe
+
+    typer.echo(describe(file))
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

@@ -125,6 +125,21 @@ def fill(
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
+    wanted = fits(model, files, rename)[1]
+    tensors: dict[str, Tensor] = {}
+    for file, names in wanted.items():
+        tensors |= {names[name]: tensor for name, tensor in read_weights(file, names).items()}
+    put(model, tensors, dtype)
+
+
+def fits(
+    model: nn.Module, files: Sequence[Path], rename: Callable[[str, Expected], str | None]
+) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:
+    """Compare the headers of `files` with a network, as `fill` does before it reads.
+
+    Returns:
+        What was found, by the network's names; and for each file, its names to those of the network.
+    """
     expected = model.state_dict()
     found: dict[str, TensorInfo] = {}
     wanted: dict[Path, dict[str, str]] = {}
@@ -134,10 +149,7 @@ def fill(
                 found[ours] = info
                 wanted.setdefault(file, {})[name] = ours
     compare(model, found, files)
-    tensors: dict[str, Tensor] = {}
-    for file, names in wanted.items():
-        tensors |= {names[name]: tensor for name, tensor in read_weights(file, names).items()}
-    put(model, tensors, dtype)
+    return found, wanted
 
 
 def put(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

@@ -17,12 +17,12 @@ SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
 _TELLING = (
     (r"^(control_model\.|controlnet_|input_hint_block\.)|zero_convs\.", "ControlNet", "Stable Diffusion"),
     (r"motion_modules\.", "motion module", "AnimateDiff"),
+    (r"^(ip_adapter\.|image_proj\.)", "IP-Adapter", ""),
     (
         r"^unet:\d+:(up|down)|[._](lora_(down|up|A|B)|lora|to_\w+_lora|lora_linear_layer)\.|\.(hada_w|lokr_w)",
         "LoRA",
         "",
     ),
-    (r"^(ip_adapter\.|image_proj\.)", "IP-Adapter", ""),
     (r"(^|\.)double_blocks\.\d", "checkpoint", "Flux"),
     (r"(^|\.)joint_blocks\.\d", "checkpoint", "Stable Diffusion 3"),
     (r"^conditioner\.embedders\.1\.", "checkpoint", "Stable Diffusion XL"),

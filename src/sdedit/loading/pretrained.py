@@ -14,7 +14,8 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
-from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
+from sdedit.loading.checkpoint import choose_weights, clip_name, fill, fits, vae_name, weight_files
+from sdedit.loading.headers import TensorInfo
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -156,6 +157,16 @@ def load_model(
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
+
+
+def check_model(class_name: str, folder: Path) -> dict[str, TensorInfo]:
+    """Compare a network's weights with its config by their headers, without reading them; see `fill`."""
+    if class_name not in _MODELS:
+        raise ValueError(f"{folder} holds a {class_name}; expected one of {', '.join(_MODELS)}")
+    cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
+    with torch.device("meta"):
+        model = cls.from_config(read_json(folder / cls.config_name))
+    return fits(model, weights_in(folder, None, None), vae_name)[0]
 
 
 def load_transformers_model(
