@@ -80,7 +80,7 @@ def test_shards_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     index = tmp_path / "unet" / "w.safetensors.index.json"
     index.parent.mkdir()
     index.write_text('{"weight_map": {"weight": %s}}' % ('"' + name.replace("\\", "\\\\") + '"'))
-    with pytest.raises((ValueError, FileNotFoundError), match="expected a file name|is missing"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"expected a file name|is missing"):
         weight_files(index)
 
 
@@ -163,7 +163,7 @@ def test_a_tensor_of_stride_0_is_refused_before_it_is_cast(tmp_path: Path) -> No
     torch.save(
         {"weight": torch.zeros(1).half().expand(2_000_000, 2_000_000), "bias": torch.ones(2)}, tmp_path / "w.bin"
     )
-    with pytest.raises(ValueError, match=r"shape \[2000000, 2000000\] and 1 numbers for it"):
+    with pytest.raises(ValueError, match=r"shape \[2000000, 2000000\], of which only 1 value"):
         fill(linear(), [tmp_path / "w.bin"], dtype=torch.float32)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULE, SHARED, needs_shared, picture
 from safetensors.torch import load_file, save_file
 
+from conftest import SCHEDULE, SHARED, needs_shared, picture
 from sdedit import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from sdedit.loading import ldm, sizes
 from sdedit.loading.headers import TensorInfo
@@ -329,9 +329,10 @@ def test_prediction_types(files: dict[str, Path], changed: Any, tmp_path: Path) 
         return lambda tensors: tensors | {key: torch.linspace(-1, 1, 32) * std * math.sqrt(3)}
 
     loud, quiet = changed(biased(0.2), "sd2", "loud.safetensors"), changed(biased(0.05), "sd2", "quiet.safetensors")
-    guess = lambda path, **k: (
-        StableDiffusionImg2ImgPipeline.from_single_file(path, **k).scheduler.config.prediction_type
-    )  # noqa: E731
+
+    def guess(path: Path, **options: Any) -> Any:
+        return StableDiffusionImg2ImgPipeline.from_single_file(path, **options).scheduler.config.prediction_type
+
     assert guess(loud) == "v_prediction" and guess(quiet) == "epsilon"
     assert guess(loud, prediction_type="epsilon") == "epsilon"
     assert guess(changed(biased(0.2), "sd1")) == "epsilon"  # only SD 2 has both kinds
@@ -492,7 +493,7 @@ def test_addresses_on_the_hub(monkeypatch: pytest.MonkeyPatch, address: str, wan
 
 @pytest.mark.parametrize("address", ["https://example.com/m.safetensors", "owner/name", "m.safetensors", ""])
 def test_other_addresses(address: str) -> None:
-    with pytest.raises((FileNotFoundError, ValueError), match="is no file here|is a folder"):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"is no file here|is a folder"):
         find_file(address)
     with pytest.raises(FileNotFoundError, match="could not be had from the hub"):
         find_file("https://huggingface.co/no-such-owner/none/blob/main/m.ckpt", local_files_only=True)

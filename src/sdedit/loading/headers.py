@@ -19,7 +19,7 @@ from sdedit.loading.pickles import MAX_AXES, MAX_TENSORS, StoredTensor, read_pic
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 # Bytes of the part that describes the tensors; of the largest Stable Diffusion files it is under 1 MB.
-MAX_HEADER = 8 << 20
+MAX_HEADER = 4 << 20
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -166,11 +166,13 @@ def _read_zip(path: Path, also: frozenset[str]) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
+            if any("/code/" in name for name in members):
+                raise ValueError("is a TorchScript program, not a file of weights")
             _check_members(archive.infolist(), path.stat().st_size)
             pickled = next((name for name in members if name.endswith("/data.pkl")), "")
             root = pickled.removesuffix("data.pkl")
-            if not pickled or any(not n.startswith(root) or n.startswith(f"{root}code/") for n in members):
-                raise ValueError("is a zip, but not one of tensors (a TorchScript program, perhaps)")
+            if not pickled or not all(name.startswith(root) for name in members):
+                raise ValueError("is a zip, but not one that torch wrote")
             tree = read_pickle(io.BytesIO(archive.read(pickled)), also)
     except ValueError:
         raise

@@ -132,7 +132,7 @@ def _numbers(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 def _describe_networks(report: FileReport) -> None:
     """A checkpoint, UNet or VAE: each of its networks is built without weights, and compared."""
-    from sdedit.loading.single_file import SingleFile
+    from sdedit.loading.single_file import SingleFile, check_vocabulary
     from sdedit.loading.training_config import find_training
 
     classes = {"UNet": ("UNet2DConditionModel", ["unet"]), "VAE": ("AutoencoderKL", ["vae"])}
@@ -141,8 +141,9 @@ def _describe_networks(report: FileReport) -> None:
         file = SingleFile(report.path, training=find_training(report.path, None, None, None))
         if "unet" in names:
             report.prediction_type = file.prediction_type
-        for name in names:
-            file.network(name)
+        networks = {name: file.network(name) for name in names}
+        if "text_encoder" in networks:
+            check_vocabulary(file, networks["text_encoder"])
         report.loads, report.reason = True, f"{owner}.from_single_file"
     except ValueError as error:
         report.reason = str(error).replace("\n", "; ")
@@ -196,7 +197,7 @@ def _describe_embedding(report: FileReport, header: Header, tensors: Mapping[str
         return False
     report.kind, report.format = "textual inversion", f"{report.format}, {layout}"
     report.tokens = [name if len(s) == 1 or s[0] == 1 else f"{name} ({s[0]} vectors)" for name, s in shapes.items()]
-    report.family = _family({shape[-1] for shape in shapes.values()})
+    report.family = _WIDTHS[max(shape[-1] for shape in shapes.values())]
     _settle(report, "load_textual_inversion")
     return True
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-MAX_TENSORS = 50_000
+MAX_TENSORS = 25_000
 _MAX_STEPS = 500_000  # a checkpoint of Stable Diffusion with its EMA takes about 100,000
 MAX_AXES = 8
 
@@ -37,6 +37,8 @@ _KNOWN = {
     *_REBUILD,
     "torch._utils._rebuild_parameter",
     "collections.OrderedDict",
+    "builtins.set",
+    "__builtin__.set",
     "torch.Size",
     *(f"torch.{name}" for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64")),
 }
@@ -125,10 +127,7 @@ class _Walk:
         elif name in ("SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self._since_mark()
             for key, value in zip(items[::2], items[1::2], strict=True):
-                # Only keys whose hash takes no time: that of a tuple of tuples of tuples … can take years.
-                if not isinstance(key, (str, int, float, type(None))):
-                    raise ValueError(f"has a key that is a {type(key).__name__}, not a name")
-                _expect(stack[-1], dict)[key] = value
+                _expect(stack[-1], dict)[_key(key)] = value
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self._since_mark()
             _expect(stack[-1], list).extend(items)
@@ -181,6 +180,13 @@ def _expect(value: Any, kind: type) -> Any:
     return value
 
 
+def _key(value: Any) -> Any:
+    """Only what is hashed in no time: the hash of a tuple of tuples of tuples … can take years."""
+    if not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"has a key that is a {type(value).__name__}, not a name")
+    return value
+
+
 def _called_class(name: str) -> dict[str, Any]:
     if name in _KNOWN and name != "collections.OrderedDict":
         raise ValueError(f"makes a {name} in a way that weights do not need")
@@ -190,7 +196,9 @@ def _called_class(name: str) -> dict[str, Any]:
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     """What a function that weights need would give."""
     if name == "collections.OrderedDict":
-        return dict(_expect(arguments[0], list)) if arguments else {}
+        return {_key(key): value for key, value in _expect(arguments[0], list)} if arguments else {}
+    if name.endswith("builtin__.set") or name == "builtins.set":
+        return [_key(one) for one in _expect(arguments[0], list)]
     if name == "torch._utils._rebuild_parameter":
         return _expect(arguments[0], StoredTensor)
     if name == "torch.Size":
@@ -227,5 +235,5 @@ def _tensor(
     count = storage.count * storage.dtype.itemsize // dtype.itemsize
     reach = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     if math.prod(shape) and (reach > count or math.prod(shape) > count):
-        raise ValueError(f"has a tensor of shape {list(shape)} and {count:,} numbers for it")
+        raise ValueError(f"has a tensor of shape {list(shape)}, of which only {count:,} values are stored")
     return StoredTensor(shape, dtype, storage)

@@ -300,12 +300,17 @@ def _tokenizer(file: SingleFile, text_encoder: Network | None) -> Any:
         return load_component("tokenizer", "CLIPTokenizer", file.config / "tokenizer")
     if text_encoder is None:
         return clip_tokenizer("!" if file.is_sd2 else "<|endoftext|>")
+    check_vocabulary(file, text_encoder)
+    return clip_tokenizer("!" if file.sections.open_clip else "<|endoftext|>")
+
+
+def check_vocabulary(file: SingleFile, text_encoder: Network) -> None:
+    """Raise `ValueError` if the text encoder was made for other tokens than CLIP's, which no single file holds."""
     words = text_encoder.model.config.vocab_size
     if words != SIZE:
         raise ValueError(
             f"{file.path}: its text encoder knows {words:,} tokens, CLIP {SIZE:,}: pass tokenizer=…, or config=…"
         )
-    return clip_tokenizer("!" if file.sections.open_clip else "<|endoftext|>")
 
 
 def _scheduler(file: SingleFile) -> Any:
