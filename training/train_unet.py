@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from data import Item, caption, load, starred
 from latents import finished_vae
-from paths import REPOSITORY, read_json, save_atomically, work_folder
+from paths import REPOSITORY, read_json, save_atomically, stop_asked, work_folder
 from sdedit.models.unet import UNet2DConditionModel
 from sdedit.models.vae import AutoencoderKL
 from words import LENGTH, text_config, tokenizer
@@ -39,21 +39,22 @@ CONFIG = {
 STEPS = 1000
 BETAS = (0.00085, 0.012)  # Stable Diffusion's "scaled_linear" schedule
 SNR_CAP = 5.0
+STARRED_WEIGHT = 6.0  # how much oftener a thing with a star is drawn
 GUIDED = (250, 950)  # noise levels at which a sample may start from a guide
 GUIDE_SHARE = 0.45  # of the samples at those levels
 SHEET = {  # doodle -> words
     "apple": "red apple, 3d",
-    "face": "smiling face, 3d",
-    "cat": "cat face, 3d",
-    "house": "house, 3d",
-    "car": "car, noto",
+    "face": "face",
+    "cat": "cat",
+    "house": "house",
+    "car": "car, 3d",
     "tree": "tree, noto",
-    "flower": "flower, flat",
+    "flower": "flower",
     "sun": "sun, 3d",
-    "fish": "fish, twemoji",
-    "boat": "sailboat, 3d",
-    "star": "star",
-    "heart": "red heart, 3d",
+    "fish": "fish",
+    "boat": "boat, 3d",
+    "star": "star, flat",
+    "heart": "heart",
 }
 
 
@@ -110,7 +111,7 @@ class Batches:
     def __init__(self, items: list[Item], words: CLIPTokenizer, seed: int) -> None:
         self.latents = np.load(work_folder() / "latents.npy", mmap_mode="r")
         self.items = [items[row] for row in read_json(work_folder() / "latents.json")]
-        weight = np.array([3.0 if item.name in starred() else 1.0 for item in self.items])
+        weight = np.array([STARRED_WEIGHT if item.name in starred() else 1.0 for item in self.items])
         self.chance = weight / weight.sum()
         self.same: dict[str, list[int]] = {}
         for n, item in enumerate(self.items):
@@ -235,7 +236,8 @@ def main() -> None:
         save_atomically({**state, "step": step, "seconds": spent, "batch": args.batch}, checkpoint)
 
     started, logged, saved, drawn = time.time() - spent, (step, spent), spent, spent
-    while spent < args.minutes * 60:
+    stop = stop_asked()
+    while spent < args.minutes * 60 and not stop():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.rate, step, spent / (args.minutes * 60))
         optimizer.zero_grad(set_to_none=True)
@@ -258,7 +260,7 @@ def main() -> None:
             drawn = spent
     save()
     sheet(average, words, vae, work_folder() / f"sheet-{step:06d}.png")
-    print(f"done: {step} steps, {spent / 60:.1f} min")
+    print(f"stopped at {step} steps, {spent / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ _KEYS = {
     "size": "Size",
     "model": "Model",
     "strength": "Denoising strength",
+    "extra_noise": "Extra noise",
+    "exact_steps": "Exact steps",
+    "weighting": "Prompt weighting",
     "image": "Init image",
     "image_hash": "Init image hash",
     "scheduler": "Scheduler",
@@ -66,6 +69,9 @@ class Settings:
     model: str = "default"
     strength: float = 0.8
     dtype: str | None = None
+    extra_noise: float = 0.0
+    exact_steps: bool = False
+    weighting: bool = False
     version: str | None = None
 
     def to_text(self) -> str:
@@ -73,7 +79,7 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and value is not False and (name != "extra_noise" or value):
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
                 pairs.append(f"{key}: {_quote(written)}")
         lines = [self.prompt] + ([f"Negative prompt: {self.negative}"] if self.negative else [])
@@ -121,6 +127,8 @@ def _read_value(name: str, key: str, value: str) -> Any:
             width, height = value.split("x")
             return int(width), int(height)
         kind = {f.name: str(f.type) for f in fields(Settings)}[name]
+        if kind == "bool":
+            return value == "True"
         return int(value) if kind == "int" else float(value) if kind == "float" else value
     except ValueError:
         raise ValueError(

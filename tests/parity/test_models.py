@@ -9,10 +9,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, UNET, VAE, needs_shared
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker as TheirChecker
 from transformers import CLIPConfig
 
+from conftest import SHARED, UNET, VAE, needs_shared
 from sdedit import AutoencoderKL, AutoencoderTiny, StableDiffusionSafetyChecker, UNet2DConditionModel
 
 UNETS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,12 @@ UNETS: dict[str, dict[str, Any]] = {
     ),
     "centred": dict(center_input_sample=True),
     "odd settings": dict(
-        freq_shift=1, flip_sin_to_cos=False, norm_eps=1e-3, act_fn="gelu", mid_block_scale_factor=1.5, downsample_padding=1
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        norm_eps=1e-3,
+        act_fn="gelu",
+        mid_block_scale_factor=1.5,
+        downsample_padding=1,
     ),
     "attention everywhere, three levels": dict(
         block_out_channels=(16, 32, 32),
@@ -176,7 +181,9 @@ def test_tiny_vae(config: dict[str, Any]) -> None:
     torch.testing.assert_close(ours(pixels).sample, theirs(pixels).sample, atol=0.05, rtol=0.05)  # 8-bit in between
 
 
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+)
 
 
 def clip_config() -> CLIPConfig:

@@ -262,8 +262,6 @@ def _describe_model(report: FileReport) -> FileReport:
 
 def _check_networks(report: FileReport, folders: Mapping[str, Path]) -> None:
     """Compare the headers of weights with what their config.json describes; a difference becomes the reason."""
-    from sdedit.loading.pretrained import check_model
-
     tensors: dict[str, TensorInfo] = {}
     for name, folder in folders.items():
         config = read_json(folder / "config.json")
@@ -273,10 +271,22 @@ def _check_networks(report: FileReport, folders: Mapping[str, Path]) -> None:
                 report.reason = f"its UNet takes {config['in_channels']} channels, not the 4 of image-to-image"
                 return
         try:
-            found = check_model(str(config.get("_class_name")), folder)
+            found = _compare_headers(name, config, folder)
         except (ValueError, FileNotFoundError) as error:
             report.reason = str(error).replace("\n", "; ")
             return
         tensors |= {f"{name}.{key}": info for key, info in found.items()}
     for key, value in _numbers(tensors).items():
         setattr(report, key, value)
+
+
+def _compare_headers(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, TensorInfo]:
+    import torch
+
+    from sdedit.loading.checkpoint import fits, vae_name
+    from sdedit.loading.pretrained import explained, model_class, weights_in
+
+    cls = model_class(str(config.get("_class_name", {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name])))
+    with torch.device("meta"), explained(folder / "config.json", cls):
+        model = cls.from_config(config)
+    return fits(model, weights_in(folder, None, None), vae_name)[0]

@@ -18,7 +18,7 @@ from sdedit.loading import ldm, sizes
 from sdedit.loading.checkpoint import compare, put, read_weights
 from sdedit.loading.families import SD1, SD2, Sections, recognise, sort_names
 from sdedit.loading.headers import Header, TensorInfo, read_header
-from sdedit.loading.pretrained import COMPONENTS, find_folder, load_component
+from sdedit.loading.pretrained import COMPONENTS, find_folder, load_component, model_class
 from sdedit.loading.training_config import Training, find_training
 from sdedit.loading.vocabulary import SIZE, clip_tokenizer
 
@@ -90,8 +90,8 @@ class SingleFile:
         try:
             config = self._config(name, lambda: config_of(shapes))
             with torch.device("meta"):
-                model = _class(name).from_config(config) if name != "text_encoder" else _text_encoder(config)
-        except (ValueError, TypeError, RuntimeError) as error:
+                model = _MAKERS[name](config)
+        except Exception as error:  # transformers' configs raise errors of many classes
             raise ValueError(f"{self.path}: no {name} can be made of it: {error}") from error
         parts = parts_of(model.state_dict())
         found: dict[str, TensorInfo] = {}
@@ -164,10 +164,9 @@ def _with_dots(ema: Mapping[str, str], unet: Mapping[str, str]) -> dict[str, str
     """The averaged weights under the names of the layout, which the file has without their dots."""
     names: Collection[str] = unet
     if not names:
-        from sdedit.models.unet import UNet2DConditionModel
-
         with torch.device("meta"):
-            names = {part.name for part in ldm.unet_parts(UNet2DConditionModel().state_dict()).values()}
+            state = model_class("UNet2DConditionModel")().state_dict()
+        names = {part.name for part in ldm.unet_parts(state).values()}
     dotted = {name.replace(".", ""): name for name in names}
     return {dotted.get(bare, bare): stored for bare, stored in ema.items()}
 
@@ -181,17 +180,17 @@ def _without_last_block(open_clip: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _class(name: str) -> Any:
-    from sdedit.models.unet import UNet2DConditionModel
-    from sdedit.models.vae import AutoencoderKL
-
-    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
-
-
 def _text_encoder(config: Mapping[str, Any]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**config))
+
+
+_MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "unet": lambda config: model_class("UNet2DConditionModel").from_config(config),
+    "vae": lambda config: model_class("AutoencoderKL").from_config(config),
+    "text_encoder": _text_encoder,
+}
 
 
 def find_file(path_or_url: str | os.PathLike[str], **hub: Any) -> Path:

@@ -180,7 +180,7 @@ class UniPCMultistepScheduler(LogSNRScheduler):
     ) -> None:
         self._start(solver_order=_ORDERS, solver_p=(None,))
         self._take("solver_type", _UNIPC_FORMS)
-        self._threshold = self._threshold if predict_x0 else None
+        self.threshold = self.threshold if predict_x0 else None
 
     def _last(self, sigmas: Array) -> float:
         return super()._last(sigmas) if self.config.final_sigmas_type == "zero" or not self._spacing else sigmas[-1]

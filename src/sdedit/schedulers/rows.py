@@ -53,12 +53,21 @@ class Row(NamedTuple):
 class Memory(NamedTuple):
     """What a run carries beside the sample: the anchor (B, C, H, W), and the last predictions m, newest first.
 
-    It is empty at the start. For rows as arrays start with `Memory(x, (x * 0,) * (len(row.b) - 1))`: its structure
-    then never changes, as `lax.scan` needs it.
+    It is empty at the start; for rows as arrays, it is `blank_memory`.
     """
 
     anchor: Any = None
     history: tuple[Any, ...] = ()
+
+
+def blank_memory(x: Any, depth: int) -> Memory:
+    """A memory whose structure never changes, as rows that are arrays and `lax.scan` need it.
+
+    Args:
+        x: (B, C, H, W), the samples at the start.
+        depth: `len(row.b)`.
+    """
+    return Memory(x, (x * 0,) * (depth - 1))
 
 
 def step(

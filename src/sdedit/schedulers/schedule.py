@@ -137,6 +137,18 @@ def zero_terminal_snr(betas: Array) -> Array:
     return np.concatenate([1 - bar[:1], 1 - bar[1:] / bar[:-1]])
 
 
+def squeezed_betas(alphas_cumprod: Array, factor: float) -> Array:
+    """β of the schedule ᾱ'(t) = ᾱ(factor·t), which takes T steps to the noise level that ᾱ has at factor·T.
+
+    Between two training steps, log SNR is interpolated. (T,) float64 → (T,) float32; 0 < factor < 1.
+    """
+    bar = np.maximum(alphas_cumprod, 2**-24)
+    times = np.arange(len(bar))
+    snr = np.exp(np.interp(times * factor, times, np.log(bar / (1 - bar))))
+    squeezed = snr / (1 + snr)
+    return np.asarray(1 - squeezed / np.append(1.0, squeezed[:-1]), dtype=np.float32)
+
+
 def space_times(spacing: str, steps: int, train_steps: int, *, offset: int = 0, last: int = 0, spare: int = 0) -> Array:
     """Spread `steps` times over [0, T-1], falling, (steps,) float64 (arXiv 2305.08891, table 2).
 

@@ -27,9 +27,8 @@ def _row(run: Run, i: int, s: float, **update: Any) -> Row:
 
 
 def ancestral_levels(s: float, after: float) -> tuple[float, float]:
-    """(down, up) with down² + up² = s'²: go down to `down` without noise, then add noise of scale `up`."""
-    up = after * math.sqrt(max(s**2 - after**2, 0.0)) / s
-    return math.sqrt(max(after**2 - up**2, 0.0)), up
+    """(down, up) with down² + up² = s'²: go down to `down` = s'²/s without noise, then add noise of scale `up`."""
+    return after**2 / s, after * math.sqrt(max(s**2 - after**2, 0.0)) / s
 
 
 def euler(
