@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -35,6 +35,7 @@ TENSORS = st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(SHAPES, st.
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.ckpt", "old.pt"])
+@settings(max_examples=50, deadline=None)
 @given(tensors=TENSORS)
 def test_headers_agree_with_what_is_read(tmp_path_factory: Any, name: str, tensors: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("h") / name
