@@ -52,7 +52,7 @@ class Settings:
         image_hash: First 16 hex digits of the SHA-256 of the input image's file.
         size: (width, height) in pixels of the picture, to which the input image is brought.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
-        model: `"default"`, a folder, or a hub id.
+        model: `"default"`, a folder, a single file, or a hub id.
     """
 
     prompt: str

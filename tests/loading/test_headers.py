@@ -73,6 +73,15 @@ def test_views_parameters_and_what_lies_beside(tmp_path: Path) -> None:
     assert read.keys() == {"b"} and torch.equal(read["b"], whole[6:12].view(3, 2).t())
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_state_dict_as_modules_give_it(tmp_path: Path, legacy: bool) -> None:
+    """It is an OrderedDict with an attribute, `_metadata`, which is no tensor."""
+    state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    torch.save(state, tmp_path / "m.bin", _use_new_zipfile_serialization=not legacy)
+    read = read_weights(tmp_path / "m.bin")
+    assert list(read) == list(state) and all(torch.equal(read[key], state[key]) for key in state)
+
+
 def test_a_file_is_known_by_what_is_in_it(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "renamed.ckpt")
     assert read_header(tmp_path / "renamed.ckpt").kind == "safetensors"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import SCHEDULE, SHARED, needs_shared, picture
@@ -320,6 +321,31 @@ def test_configs_from_a_folder(folder: Path, loaded: Any, tmp_path: Path) -> Non
     assert same(unet, loaded.unet)
 
 
+def test_the_command_line_takes_a_file(files: dict[str, Path], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sdedit.cli import app
+    from sdedit.metadata import read_settings
+
+    picture(64, 64).save(tmp_path / "in.png")
+    arguments = [
+        "run",
+        str(tmp_path / "in.png"),
+        "a cat",
+        "-o",
+        str(tmp_path / "out.png"),
+        "--model",
+        str(files["sd1"]),
+    ]
+    ran = CliRunner().invoke(app, [*arguments, "--steps", "2", "--size", "64x64"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / read_settings(tmp_path / "out.png").model).samefile(files["sd1"])
+    again = ["again", str(tmp_path / "out.png"), "-o", str(tmp_path / "twice.png")]
+    assert CliRunner().invoke(app, again, catch_exceptions=False).exit_code == 0
+    with Image.open(tmp_path / "out.png") as first, Image.open(tmp_path / "twice.png") as second:
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
 # --- What a UNet of SD 2 predicts. ---
 
 
@@ -464,6 +490,11 @@ def test_what_cannot_be_written(small: Any, tmp_path: Path) -> None:
         pipe.save_single_file(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="AutoencoderTiny has no single-file layout"):
         save_single_file({"vae": AutoencoderTiny()}, tmp_path / "m.safetensors")
+    for part in ("unet", "text_encoder"):
+        pipe = make("sd1")
+        getattr(pipe, part).lora_down = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match=r"has adapters \(lora_down\.bias, …\)"):
+            pipe.save_single_file(tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -69,6 +69,10 @@ class _Global:
     name: str
 
 
+class _Object(dict[str, Any]):
+    """The state of an object of one of the classes that the caller allows."""
+
+
 class _Mark:
     """Where a tuple, or a row of items, begins on the stack."""
 
@@ -143,8 +147,8 @@ class _Walk:
             stack[-1] = _called_class(stack[-1].name)
         elif name == "BUILD":
             state = stack.pop()
-            if isinstance(state, dict):
-                _expect(stack[-1], dict).update(state)
+            if isinstance(stack[-1], _Object) and isinstance(state, dict):
+                stack[-1].update(state)  # the state of an OrderedDict, a network's `_metadata`, is left out
         elif name != "PROTO":
             raise ValueError(f"has the instruction {name}, which weights do not need")
 
@@ -188,9 +192,11 @@ def _key(value: Any) -> Any:
 
 
 def _called_class(name: str) -> dict[str, Any]:
-    if name in _KNOWN and name != "collections.OrderedDict":
+    if name == "collections.OrderedDict":
+        return {}
+    if name in _KNOWN:
         raise ValueError(f"makes a {name} in a way that weights do not need")
-    return {}
+    return _Object()
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:

@@ -244,7 +244,7 @@ def load_network(
     if name is None:
         raise ValueError(f"{cls.__name__} has no single-file layout; use from_pretrained")
     path = find_file(path_or_url, **hub)
-    folder = find_folder(config, components=[]) if config is not None else None
+    folder = _config_folder(config, hub)
     file = SingleFile(path, folder, find_training(path, original_config, None, image_size), extract_ema)
     recognised = file.recognised
     # The VAE of an inpainting model is that of its family.
@@ -275,7 +275,7 @@ def load_components(
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"torch_dtype={torch_dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16")
     path = find_file(path_or_url, **given)
-    folder = find_folder(config, components=[], **given) if config is not None else None
+    folder = _config_folder(config, given)
     training = find_training(path, original_config, prediction_type, image_size)
     file = SingleFile(path, folder, training, extract_ema)
     if file.recognised.refusal or file.recognised.kind not in ("checkpoint", "UNet"):
@@ -292,6 +292,13 @@ def load_components(
     file.fill(list(networks.values()), torch_dtype)
     parts |= {name: network.model for name, network in networks.items()}
     return parts | {"requires_safety_checker": parts.get("safety_checker") is not None}
+
+
+def _config_folder(config: str | os.PathLike[str] | None, hub: Mapping[str, Any]) -> Path | None:
+    if config is None:
+        return None
+    # The revision is that of the file's repository.
+    return find_folder(config, components=[], **{key: value for key, value in hub.items() if key != "revision"})
 
 
 def _tokenizer(file: SingleFile, text_encoder: Network | None) -> Any:

@@ -37,6 +37,7 @@ def save_single_file(source: Any, path: str | os.PathLike[str], *, torch_dtype: 
     tensors: dict[str, torch.Tensor] = {}
     for prefix, parts_of, model in _layouts(components):
         state = model.state_dict()
+        _refuse_adapters(model)
         parts = parts_of(state)
         written = ldm.write(parts, {name: state[name] for name in parts})
         tensors |= {f"{prefix}{name}": tensor for name, tensor in written.items()}
@@ -60,6 +61,17 @@ def _components(source: Any) -> dict[str, Any]:
     if type(components.get("vae")).__name__ == "AutoencoderTiny":
         raise ValueError("AutoencoderTiny has no single-file layout: put an AutoencoderKL in the pipeline first")
     return components
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` if `model` has parameters that its config does not ask for."""
+    make: Any = getattr(type(model), "from_config", type(model))
+    with torch.device("meta"):
+        plain = make(model.config).state_dict()
+    if added := sorted(set(model.state_dict()) - set(plain)):
+        raise ValueError(
+            f"{type(model).__name__} has adapters ({added[0]}, …), which no single file holds: unload them first"
+        )
 
 
 def _layouts(components: Mapping[str, Any]) -> list[tuple[str, Callable[[Collection[str]], dict[str, ldm.Part]], Any]]:
