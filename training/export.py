@@ -106,7 +106,7 @@ def main() -> None:
     model, vae = rounded(model), rounded(finished_vae())
     folder.mkdir(parents=True, exist_ok=True)
     write_json(LAYOUT, folder / "model_index.json")
-    write_model(folder / "vae", "AutoencoderKL", {**train_vae.CONFIG, "scaling_factor": 1.0}, vae)
+    write_model(folder / "vae", "AutoencoderKL", {**train_vae.CONFIG, "scaling_factor": train_unet.LATENT_SCALE}, vae)
     write_model(folder / "unet", "UNet2DConditionModel", train_unet.CONFIG, model.unet)
     (folder / "README.md").write_text(card(model, vae, state), encoding="utf-8")
     write_text_encoder(folder / "text_encoder", model.text)

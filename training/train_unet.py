@@ -39,6 +39,9 @@ CONFIG = {
 STEPS = 1000
 BETAS = (0.00085, 0.012)  # Stable Diffusion's "scaled_linear" schedule
 SNR_CAP = 5.0
+# Latents of deviation 1 become deviation 2 (the VAE's scaling_factor). 16x16 values drown in noise sooner than 64x64
+# do; at twice the size a strength keeps about as much of a doodle as users of Stable Diffusion expect.
+LATENT_SCALE = 2.0
 STARRED_WEIGHT = 6.0  # how much oftener a thing with a star is drawn
 GUIDED = (250, 950)  # noise levels at which a sample may start from a guide
 GUIDE_SHARE = 0.45  # of the samples at those levels
@@ -86,7 +89,7 @@ def scales(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Loss:
-    """Error of v, weighted by min(SNR, 5) / (SNR + 1); kept, unweighted, by fifths of the noise levels for the log."""
+    """Error of v, weighted to be that of the picture times min(SNR, 5); logged by fifths of the noise levels."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -95,8 +98,8 @@ class Loss:
         error = (model(noisy, levels, ids) - target).square().mean((1, 2, 3))
         self.seen.append((levels, error.detach()))
         kept = SIGNAL[levels]
-        snr = kept / (1 - kept)
-        return (error * snr.clamp(max=SNR_CAP) / (snr + 1)).mean()
+        snr = LATENT_SCALE**2 * kept / (1 - kept)
+        return (error * (1 - kept) * snr.clamp(max=SNR_CAP)).mean()
 
     def by_level(self) -> str:
         levels, errors = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -118,16 +121,19 @@ class Batches:
             self.same.setdefault(item.code, []).append(n)
         self.words, self.rng, self.generator = words, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
+    def scaled(self, row: int, version: int, kind: int) -> np.ndarray:
+        return LATENT_SCALE * self.latents[row, version, kind].astype(np.float32)
+
     def start(self, row: int, version: int, level: int) -> np.ndarray:
         """The latents that get the noise: the picture's own, or (part of the way to) those of a guide to it."""
-        true = self.latents[row, version, 0].astype(np.float32)
+        true = self.scaled(row, version, 0)
         if not (GUIDED[0] <= level < GUIDED[1] and self.rng.random() < GUIDE_SHARE):
             return true
         kind = self.rng.choice(3, p=(0.15, 0.4, 0.45))  # another style, strokes, a doodle
         other = int(self.rng.choice(self.same[self.items[row].code])) if kind == 0 else row
         if kind == 0 and level < 500:
             return true
-        guide = self.latents[other, version, kind].astype(np.float32)
+        guide = self.scaled(other, version, kind)
         # While a sampler goes down, what was wrong with the guide fades with the noise: hence all parts of the way.
         return true + (guide - true) * (1.0 if self.rng.random() < 0.5 else self.rng.random())
 
@@ -137,7 +143,7 @@ class Batches:
         levels = ((np.arange(size) + self.rng.random()) / size * STEPS).astype(np.int64)  # spread evenly
         self.rng.shuffle(levels)
         starts = [self.start(r, v, t) for r, v, t in zip(rows, versions, levels, strict=True)]
-        true = torch.from_numpy(np.stack([self.latents[r, v, 0] for r, v in zip(rows, versions, strict=True)])).float()
+        true = torch.from_numpy(np.stack([self.scaled(r, v, 0) for r, v in zip(rows, versions, strict=True)]))
         a, s = scales(torch.from_numpy(levels))
         noisy = a * torch.from_numpy(np.stack(starts)) + s * torch.randn(true.shape, generator=self.generator)
         noise = (noisy - a * true) / s  # as if all of it had been noise on the true picture
@@ -186,11 +192,11 @@ def sheet(model: Painter, words: CLIPTokenizer, vae: AutoencoderKL, path: Path) 
         square.paste(image, ((128 - image.width) // 2, (128 - image.height) // 2))
         doodles.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1)
     pixels = torch.stack(doodles)
-    start = vae.encode(pixels).latent_dist.mode()
+    start = LATENT_SCALE * vae.encode(pixels).latent_dist.mode()
     rows = [pixels]
     for strength, guidance in ((0.6, 3.0), (0.7, 3.0), (0.8, 4.0), (1.0, 4.0)):
         latents = sample(model, words, start, list(SHEET.values()), strength, guidance)
-        rows.append(vae.decode(latents).sample)
+        rows.append(vae.decode(latents / LATENT_SCALE).sample)
     Image.fromarray(np.concatenate([np.concatenate([to_image(p) for p in row], 1) for row in rows])).save(path)
 
 

@@ -34,6 +34,7 @@ LEVELS: list[Options] = [
     {"use_exponential_sigmas": True},
     {"use_beta_sigmas": True},
 ]
+SPACED = [*SPACINGS, *LEVELS[1:]]  # where each takes long
 ENDS = [{"final_sigmas_type": e} for e in ("zero", "sigma_min")]
 ORDERS = [{"solver_order": k} for k in (1, 2, 3)]
 BOUNDS: list[Options] = [
@@ -110,13 +111,13 @@ CASES: dict[str, tuple[list[Options], list[Options]]] = {
         [{"order": k} for k in (1, 2, 3, 4)],
     ),
     "HeunDiscreteScheduler": (
-        product(PREDICTIONS, SPACINGS, LEVELS, BOUNDS[:2]) + schedules() + [{"beta_schedule": "exp"}],
+        product(PREDICTIONS, SPACED, BOUNDS[:2]) + schedules() + [{"beta_schedule": "exp"}],
         [{}],
     ),
-    "KDPM2DiscreteScheduler": (product(NOISE_OR_V, SPACINGS, LEVELS) + schedules(), [{}]),
-    "KDPM2AncestralDiscreteScheduler": (product(NOISE_OR_V, SPACINGS, LEVELS) + schedules(), [{}]),
+    "KDPM2DiscreteScheduler": (product(NOISE_OR_V, SPACED) + schedules(), [{}]),
+    "KDPM2AncestralDiscreteScheduler": (product(NOISE_OR_V, SPACED) + schedules(), [{}]),
     "DPMSolverSDEScheduler": (
-        [*product([{"noise_sampler_seed": 5}], NOISE_OR_V, SPACINGS, LEVELS), {"noise_sampler_seed": [1, 2]}],
+        [*product([{"noise_sampler_seed": 5}], NOISE_OR_V, SPACED), {"noise_sampler_seed": [1, 2]}],
         [{}, {"s_noise": 0.8}],
     ),
     "DPMSolverMultistepScheduler": (

@@ -98,7 +98,6 @@ class Scheduler(Configurable):
 
     def _start(self, **allowed: tuple[Any, ...]) -> None:
         """Check the recorded config and build the noise schedule; what every `__init__` does."""
-        self.register_to_config(_class_name=type(self).__name__)
         c, self._own = self.config, frozenset(inspect.signature(type(self).__init__).parameters) - {"self"}
         for name, values in (_ALLOWED | {"prediction_type": self.predictions} | allowed).items():
             if name in self._own:
@@ -253,7 +252,9 @@ class Scheduler(Configurable):
             mids = [] if grid.mids is None else grid.mids.tolist()
             run = s.Run(self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids)
             solved = [type(self).solver(run, i, **options) for i in range(first, len(run.times))]
-            self._solved[key] = row_functions.finish(solved, clip=self._clip, threshold=self.threshold is not None)
+            self._solved[key] = row_functions.finish(
+                solved, clip=self._clip, threshold=self.threshold is not None, keep_m=self.m_field is not None
+            )
         return self._solved[key]
 
     def step(
@@ -309,6 +310,7 @@ class Scheduler(Configurable):
             self._memory,
             None if noise is None else noise.to(sample.device, dtype),
             threshold=self.threshold,
+            want_x0=self.x0_field is not None,
             xp=torch,
         )
         self._index = index + 1

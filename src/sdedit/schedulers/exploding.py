@@ -13,7 +13,7 @@ from torch import Tensor
 from sdedit.noise import Generator
 from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput
 from sdedit.schedulers.rows import Row
-from sdedit.schedulers.schedule import Array, Grid
+from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import exploding as solvers
 
 
@@ -31,7 +31,10 @@ class ExplodingScheduler(Scheduler):
         self, steps: int, timesteps: Sequence[float] | None = None, num_train_timesteps: int | None = None
     ) -> tuple[Array, Array]:
         """Times, given or spaced, and their levels; or levels that the config spaces between the ends of those."""
-        times = self._spaced(steps, num_train_timesteps) if timesteps is None else np.asarray(timesteps)
+        if timesteps is None:
+            times = self._spaced(steps, num_train_timesteps)
+        else:
+            times = descending("timesteps", timesteps, len(self))
         times = times.astype(self.times_dtype)
         sigmas = self._schedule.sigma_at(times)
         return self._respaced(sigmas[0], sigmas[-1], steps) if self._spacing else (times, sigmas)
@@ -60,7 +63,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, steps: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, **_: Any
     ) -> Grid:
         if sigmas is not None:
-            return Grid(self._schedule.time_of(np.asarray(sigmas[:-1], np.float32)), np.asarray(sigmas))
+            levels = descending("sigmas", sigmas, 2**16).astype(np.float32)
+            return Grid(self._schedule.time_of(levels[:-1]), levels)
         times, levels = self._levels_at(steps, timesteps)
         if self.config.interpolation_type == "log_linear" and not self._spacing:
             # One level more than times, as published: no step reaches the last one.

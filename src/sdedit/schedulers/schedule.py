@@ -200,9 +200,9 @@ def symmetric_beta_quantile(p: Array, a: float = 0.6) -> Array:
     return np.where(p <= 0.5, x, 1 - x)
 
 
-def descending(name: str, times: Sequence[float], below: int) -> Array:
-    """Times of one's own as an array; they must fall, in [0, below)."""
-    found = np.asarray(times)
-    if found.ndim != 1 or (np.diff(found) >= 0).any() or not 0 <= found[-1] <= found[0] < below:
-        raise ValueError(f"{name}: expected falling times from 0 to {below - 1}; got {list(times)}")
+def descending(name: str, given: Sequence[float], below: int) -> Array:
+    """Times or levels of one's own as an array; they must fall, in [0, below)."""
+    found = np.asarray(given)
+    if found.ndim != 1 or not len(found) or (np.diff(found) >= 0).any() or not 0 <= found[-1] <= found[0] < below:
+        raise ValueError(f"{name}: expected falling numbers in [0, {below}); got {list(given)}")
     return found

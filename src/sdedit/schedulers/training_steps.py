@@ -15,7 +15,8 @@ from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput, mix
 from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import training_steps as solvers
 
-_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+# None is how DPM-Solver's configs say that it is not learned: "fixed_small".
+_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None)
 
 
 class TrainingStepScheduler(Scheduler):
@@ -109,11 +110,11 @@ class DDPMScheduler(TrainingStepScheduler):
 
     def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
         """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
-        z, kind = super().draw_noise(sample, generator, index), self.config.variance_type
+        z, kind = super().draw_noise(sample, generator, index), str(self.config.variance_type)
         if not kind.startswith("learned"):
             return z
         if said is None:
-            raise ValueError(f"model_output: variance_type {kind!r} needs {2 * sample.shape[1]} channels, for the variance")
+            raise ValueError(f"model_output: variance_type {kind!r} needs {2 * sample.shape[1]} channels")
         if kind == "learned":
             return z * said**0.5
         # The UNet says where log σ² lies between those of fixed_small and fixed_large (arXiv 2102.09672, equation 15).
