@@ -1,6 +1,6 @@
 """Draw the pictures of README.md and docs/strength.md with the default model, from the doodles in examples/.
 
-    python docs/make_pictures.py
+python docs/make_pictures.py
 """
 
 from __future__ import annotations

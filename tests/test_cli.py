@@ -119,6 +119,9 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "the hub"),
         (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "0.001"), "at most 0"),
         (("again", "in.png"), "carries no settings"),
+        (("inspect", "none.safetensors"), "none.safetensors does not exist"),
+        (("inspect", "in.png"), "is damaged"),
+        (("inspect", "."), "is no model folder"),
         (("run", "in.png"), "Missing argument"),
     ],
 )
@@ -137,6 +140,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_debug_gives_the_traceback(work: Path) -> None:
     ran = sdedit("run", "none.png", "a", "-o", "o.png", "--debug", cwd=work)
     assert ran.returncode != 0 and "Traceback" in ran.stderr
+
+
+def test_inspect(work: Path, folder: Path) -> None:
+    ran = sdedit("inspect", folder, cwd=work)
+    assert ran.returncode == 0, ran.stderr
+    assert "kind: model folder\nfamily: Stable Diffusion 1.x\nprediction type: epsilon" in ran.stdout
+    assert "loads: yes, with StableDiffusionImg2ImgPipeline.from_pretrained" in ran.stdout
 
 
 def test_sweep_draws_a_sheet(work: Path, folder: Path) -> None:

@@ -134,7 +134,7 @@ def colour_words(picture: np.ndarray) -> list[str]:
 
 def build() -> None:
     names = read_names()
-    held_out = set(sorted(names)[:: HOLD_OUT_EVERY])
+    held_out = set(sorted(names)[::HOLD_OUT_EVERY])
     pictures, items = [], []
     for style, package in STYLES.items():
         folder = unpacked(package)
@@ -160,8 +160,10 @@ def build() -> None:
         print(f"{style}: {len(seen)} pictures", flush=True)
     np.save(work_folder() / "images.npy", np.stack(pictures))
     write_json([asdict(item) for item in items], work_folder() / "items.json")
-    print(f"{len(items)} pictures, {len({item.name for item in items})} names, "
-          f"{sum(item.held_out for item in items)} held out for the VAE")
+    print(
+        f"{len(items)} pictures, {len({item.name for item in items})} names, "
+        f"{sum(item.held_out for item in items)} held out for the VAE"
+    )
 
 
 def load() -> tuple[np.ndarray, list[Item]]:

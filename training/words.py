@@ -38,7 +38,6 @@ def learn(captions: Counter[str]) -> tuple[dict[str, int], list[tuple[str, str]]
     )
     tokenizer.train_from_iterator(captions.elements(), trainer)
 
-
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     symbols = bytes_ + [byte + "</w>" for byte in bytes_] + ["".join(pair) for pair in merges] + [START, END]
     return {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}, merges
@@ -52,8 +51,14 @@ def write(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]
     marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(marks, folder / "special_tokens_map.json")
     write_json(
-        {**marks, "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "add_prefix_space": False,
-         "do_lower_case": True, "errors": "replace"},
+        {
+            **marks,
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": LENGTH,
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+        },
         folder / "tokenizer_config.json",
     )
 

@@ -17,6 +17,7 @@ _NAMES = {
     "StableDiffusionPipelineOutput": "sdedit.output",
     "StableDiffusionSafetyChecker": "sdedit.models.safety_checker",
     "UNet2DConditionModel": "sdedit.models.unet",
+    "save_single_file": "sdedit.loading.single_file_save",
 }
 
 

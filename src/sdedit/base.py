@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -127,6 +127,58 @@ class Pipeline(TextualInversionLoader, IPAdapterLoader, ImagePrompts):
                 **components_and_hub,
             )
         )
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        config: str | os.PathLike[str] | None = None,
+        original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        prediction_type: str | None = None,
+        image_size: int | None = None,
+        extract_ema: bool = False,
+        **components_and_hub: Any,
+    ) -> Self:
+        """Load a pipeline from one file, as most models are shared; nothing else is downloaded.
+
+        Args:
+            pretrained_model_link_or_path: A `.safetensors`, `.ckpt` or `.pt` file of Stable Diffusion 1.x or 2.x, or
+                its address on huggingface.co.
+            torch_dtype: Dtype of all networks; float32 if not given.
+            config: A model folder, or id, whose configs and tokenizer are used; else the file's shapes tell.
+            original_config: The YAML file of its training, or what it holds; one beside the file is used, too.
+            prediction_type: `"epsilon"` or `"v_prediction"`; guessed if not given.
+            image_size: Side of the pictures that it was trained on, in pixels: 512, or 768 for v-prediction.
+            extract_ema: Use the averaged weights of the UNet, if the file has them.
+            **components_and_hub: A component by its name, instead of the file's, and `revision`, `cache_dir`,
+                `local_files_only`, `token`, `force_download` for the hub.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+            ValueError: It is damaged, does not fit, or holds another kind of model.
+        """
+        from sdedit.loading.single_file import load_components as load_from_file
+
+        return cls(
+            **load_from_file(
+                pretrained_model_link_or_path,
+                torch_dtype=torch_dtype,
+                config=config,
+                original_config=original_config,
+                prediction_type=prediction_type,
+                image_size=image_size,
+                extract_ema=extract_ema,
+                **components_and_hub,
+            )
+        )
+
+    def save_single_file(self, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:
+        """Write UNet, VAE and text encoder to one `.safetensors` file that other programs read, too."""
+        from sdedit.loading.single_file_save import save_single_file
+
+        save_single_file(self, path, torch_dtype=torch_dtype)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None

@@ -28,7 +28,7 @@ app = typer.Typer(
 ImageArgument = Annotated[Path, typer.Argument(help="The picture to start from: any format, any size.")]
 PromptArgument = Annotated[str, typer.Argument(help="What it shall become.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes; with --count, -1, -2, … are added.")]
-Model = Annotated[str, typer.Option(help="A model folder or hub id; 'default' is the one in the package.")]
+Model = Annotated[str, typer.Option(help="A model folder, single file or hub id; 'default' is the one in the package.")]
 Strength = Annotated[float, typer.Option(help="How far to go from the image: 0 keeps it, 1 forgets it.")]
 Steps = Annotated[int, typer.Option(help="Steps of the whole schedule; strength says how many of them run.")]
 Guidance = Annotated[float, typer.Option(help="Weight of the prompt; 1 turns guidance off.")]
@@ -126,7 +126,7 @@ def again(
     if settings.image_hash not in (None, hash_file(image)):
         _say(f"warning: {image} is not the file that {picture} was made from (its hash differs)")
     settings.image, settings.image_hash = str(image), hash_file(image)
-    if model is None and _beside(picture, settings.model).is_dir():
+    if model is None and _beside(picture, settings.model).exists():
         model = str(_beside(picture, settings.model))
     settings.model = model or settings.model
     paths = {name: _beside(picture, name) for name in settings.embeddings}
@@ -202,6 +202,17 @@ def models(debug: Debug = False) -> None:
         if (folder / "model_index.json").is_file():
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             typer.echo(f"{name}\t{size / 1e6:,.0f} MB\t{folder}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, VAE, LoRA, embedding, IP-Adapter or model folder.")],
+    debug: Debug = False,
+) -> None:
+    """Say what FILE is, and whether it would load; only its header is read."""
+    from sdedit.loading.inspect import describe
+
+    typer.echo(describe(file))
 
 
 @app.callback(invoke_without_command=True)
@@ -280,7 +291,7 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
     seconds = time.perf_counter() - started
     image = Path(settings.image or "")
     settings.image = os.path.relpath(image, output.absolute().parent)
-    if settings.model != "default" and Path(settings.model).is_dir():
+    if settings.model != "default" and Path(settings.model).exists():
         settings.model = os.path.relpath(settings.model, output.absolute().parent)
     folder = output.absolute().parent
     settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
@@ -296,6 +307,8 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
 def _load(model: str, dtype: Any) -> Any:
     from sdedit.pipeline import StableDiffusionImg2ImgPipeline
 
+    if Path(model).is_file() or model.startswith("https://"):
+        return StableDiffusionImg2ImgPipeline.from_single_file(model, torch_dtype=dtype)
     return StableDiffusionImg2ImgPipeline.from_pretrained(None if model == "default" else model, torch_dtype=dtype)
 
 

@@ -53,8 +53,8 @@ class Settings:
         image_hash: First 16 hex digits of the SHA-256 of the input image's file.
         size: (width, height) in pixels of the picture, to which the input image is brought.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
-        model: `"default"`, a folder, or a hub id.
         embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
+        model: `"default"`, a folder, a single file, or a hub id.
     """
 
     prompt: str

@@ -120,7 +120,7 @@ DAMAGED: dict[str, Any] = {
     "code.bin": lambda p: torch.save({"weight": Code(p.parent / "ran")}, p),
     "plain_pickle.bin": lambda p: p.write_bytes(pickle.dumps({"weight": Code(p.parent / "ran")}, protocol=2)),
     "module.bin": lambda p: torch.save(nn.Linear(3, 2), p),
-    "nested.bin": lambda p: torch.save({"state_dict": WEIGHTS}, p),
+    "nested.bin": lambda p: torch.save({"weights": WEIGHTS}, p),
     "list.bin": lambda p: torch.save([torch.ones(2)], p),
     "numbers.bin": lambda p: torch.save({1: torch.ones(2)}, p),
     "sparse.bin": lambda p: torch.save({"weight": torch.eye(3).to_sparse()}, p),
@@ -163,7 +163,7 @@ def test_a_tensor_of_stride_0_is_refused_before_it_is_cast(tmp_path: Path) -> No
     torch.save(
         {"weight": torch.zeros(1).half().expand(2_000_000, 2_000_000), "bias": torch.ones(2)}, tmp_path / "w.bin"
     )
-    with pytest.raises(ValueError, match=r"\[2000000, 2000000\] in the file; \[2, 3\] expected"):
+    with pytest.raises(ValueError, match=r"shape \[2000000, 2000000\], of which only 1 value"):
         fill(linear(), [tmp_path / "w.bin"], dtype=torch.float32)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdedit.files import read_json, refuse_lfs_pointer, write_atomically
+from sdedit.files import read_json, write_atomically
+from sdedit.loading.headers import Header, TensorInfo, read_header
 from sdedit.loading.keymaps import OLD_VAE_ATTENTION
+from sdedit.loading.pickles import StoredTensor
 
 Expected = Mapping[str, Tensor]
 
@@ -76,38 +76,39 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, names: Collection[str] | None = None, header: Header | None = None) -> dict[str, Tensor]:
     """Map the tensors of a safetensors file, or of a pickle read with `weights_only=True`, into memory.
 
+    Args:
+        names: Those that are wanted; all if `None`.
+        header: The file's header, if it was read before.
+
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file is a git-lfs pointer, damaged, or holds anything but named tensors.
     """
-    refuse_lfs_pointer(path)
-    if path.suffix == ".safetensors":
+    header = header or read_header(path)
+    if header.kind == "safetensors":
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                return {name: file.get_tensor(name) for name in (header.tensors if names is None else names)}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
-    try:
-        # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        plain = str(error) and "weights_only" not in str(error)
-        reason = str(error).split("\n")[0][:200] if plain else type(error).__name__
-        if code:
-            reason = f"it names {code[1]}, which is code, and code is not run"
-        raise ValueError(
-            f"{path} is damaged, or a pickle that is not only tensors ({reason}): use the .safetensors file instead"
-        ) from error
-    if not isinstance(held, dict) or not all(isinstance(k, str) and _is_plain(t) for k, t in held.items()):
+    if not isinstance(header.tree, dict) or not all(_is_plain(k, v) for k, v in header.tree.items()):
         raise ValueError(f"{path} holds something other than named tensors; expected the weights of one network")
-    return held
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=header.kind == "zip")
+        held = held.get("state_dict", held)
+        tensors = {name: held[name].detach() for name in (header.tensors if names is None else names)}
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): use the .safetensors file instead") from error
+    if any(t.shape != header.tensors[name].shape for name, t in tensors.items()):
+        raise ValueError(f"{path} is damaged (its tensors are not as it describes them)")
+    return tensors
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+def _is_plain(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, (StoredTensor, int, float, str, type(None)))
 
 
 def fill(
@@ -119,7 +120,8 @@ def fill(
 ) -> None:
     """Put the tensors of `files` into a network that was built on the meta device.
 
-    Names and shapes are compared first: either all of them fit, or the network is left as it was.
+    Names, shapes and dtypes are compared first, by the files' headers: either all of them fit, or no tensor is read
+    and the network is left as it was.
 
     Args:
         model: Its state dict says what is expected.
@@ -130,19 +132,41 @@ def fill(
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
-    expected = model.state_dict()
+    wanted = fits(model, files, rename)[1]
     tensors: dict[str, Tensor] = {}
+    for file, names in wanted.items():
+        tensors |= {names[name]: tensor for name, tensor in read_weights(file, names).items()}
+    put(model, tensors, dtype)
+
+
+def fits(
+    model: nn.Module, files: Sequence[Path], rename: Callable[[str, Expected], str | None]
+) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:
+    """Compare the headers of `files` with a network, as `fill` does before it reads.
+
+    Returns:
+        What was found, by the network's names; and for each file, its names to those of the network.
+    """
+    expected = model.state_dict()
+    found: dict[str, TensorInfo] = {}
+    wanted: dict[Path, dict[str, str]] = {}
     for file in files:
-        for name, tensor in read_weights(file).items():
+        for name, info in read_header(file).tensors.items():
             if (ours := rename(name, expected)) is not None:
-                tensors[ours] = tensor
-    compare({k: t.shape for k, t in expected.items()}, {k: t.shape for k, t in tensors.items()}, model, files)
+                found[ours] = info
+                wanted.setdefault(file, {})[name] = ours
+    compare(model, found, files)
+    return found, wanted
+
+
+def put(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Make tensors that `compare` found fitting the parameters of `model`, in `dtype`, or as stored if `None`."""
+    cast = {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f"{files[0]}: {name} holds {tensor.dtype}; expected {expected[name].dtype} or the like")
-        if dtype is not None and tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype)
-    model.load_state_dict(tensors, strict=True, assign=True)
+        if tensor.data_ptr() % tensor.element_size():  # mapped from a file whose header has an odd length
+            tensor = tensor.clone()
+        cast[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    model.load_state_dict(cast, strict=True, assign=True)
     for name, buffer in model.named_buffers():
         # Buffers that no checkpoint holds; CLIP has one of them.
         if buffer.is_meta and name.endswith("position_ids"):
@@ -150,21 +174,20 @@ def fill(
             owner.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
 
 
-def compare(
-    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], model: nn.Module, files: Collection[Path]
-) -> None:
-    """Raise `ValueError` with every name that is missing (-), unknown (+) or of another shape."""
-    lines = [f"- {name} {list(expected[name])} is missing" for name in expected if name not in found]
-    lines += [f"+ {name} {list(found[name])} is not expected" for name in found if name not in expected]
-    lines += [
-        f"! {name} is {list(found[name])} in the file; {list(expected[name])} expected"
-        for name in expected
-        if name in found and expected[name] != found[name]
-    ]
+def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection[Path]) -> None:
+    """Raise `ValueError` with every name that is missing (-), unknown (+) or of another shape or kind (!)."""
+    expected = model.state_dict()
+    lines = [f"- {name} {list(t.shape)} is missing" for name, t in expected.items() if name not in found]
+    lines += [f"+ {name} {list(info.shape)} is not expected" for name, info in found.items() if name not in expected]
+    for name, tensor in expected.items():
+        if name in found and tuple(tensor.shape) != found[name].shape:
+            lines.append(f"! {name} is {list(found[name].shape)} in the file; {list(tensor.shape)} expected")
+        elif name in found and tensor.is_floating_point() != found[name].dtype.is_floating_point:
+            lines.append(f"! {name} holds {found[name].dtype}; {tensor.dtype} or the like expected")
     if lines:
         shown = "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
         where = ", ".join(str(file) for file in files)
-        raise ValueError(f"{where} does not fit {type(model).__name__} as its config.json describes it:\n{shown}")
+        raise ValueError(f"{where} does not fit {type(model).__name__} as its config describes it:\n{shown}")
 
 
 def save_weights(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit.files import refuse_lfs_pointer
 from sdedit.loading.checkpoint import read_weights
+from sdedit.loading.headers import read_header
 
 
 def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
@@ -26,7 +26,7 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     """
     if path.suffix == ".safetensors":
         return read_weights(path)
-    refuse_lfs_pointer(path)
+    read_header(path, also=frozenset(name for _, name in stand_ins))  # walks the pickle, and makes nothing
     try:
         # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
         with torch.serialization.safe_globals(list(stand_ins)):

@@ -175,10 +175,17 @@ def load_model(
     folder = root / subfolder if subfolder else root
     config = read_json(folder / cls.config_name)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), _explained(folder / cls.config_name, cls):
+    with torch.device("meta"), explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
+
+
+def model_class(class_name: str) -> Any:
+    """The class of one of our networks, by the name that configs have for it."""
+    if class_name not in _MODELS:
+        raise ValueError(f"{class_name} is not known; expected one of {', '.join(_MODELS)}")
+    return getattr(importlib.import_module(_MODELS[class_name]), class_name)
 
 
 def _check_choices(torch_dtype: Any, use_safetensors: Any) -> None:
@@ -189,7 +196,7 @@ def _check_choices(torch_dtype: Any, use_safetensors: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained(config: Path, cls: Any) -> Iterator[None]:
+def explained(config: Path, cls: Any) -> Iterator[None]:
     """Errors that a config causes inside a constructor, of whatever class, get the file's name."""
     try:
         yield
@@ -203,7 +210,7 @@ def load_transformers_model(
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
     read_json(folder / "config.json")
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), _explained(folder / "config.json", cls):
+    with torch.device("meta"), explained(folder / "config.json", cls):
         model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
     return model.eval()
@@ -234,10 +241,10 @@ def load_component(
             raise ValueError(f"scheduler: {class_name} is not known; expected one of {known}")
         cls = getattr(schedulers, class_name)
         config = read_json(folder / cls.config_name)
-        with _explained(folder / cls.config_name, cls):
+        with explained(folder / cls.config_name, cls):
             return cls.from_config(config)
     if class_name in _MODELS:
-        cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
+        cls = model_class(class_name)
         if name in ("unet", "vae"):
             return load_model(cls, folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -60,6 +61,46 @@ class Model(nn.Module, Configurable):
             torch_dtype=torch_dtype,
             variant=variant,
             use_safetensors=use_safetensors,
+            **hub,
+        )
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        config: str | os.PathLike[str] | None = None,
+        original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        image_size: int | None = None,
+        extract_ema: bool = False,
+        **hub: Any,
+    ) -> Self:
+        """Load a UNet or a VAE in evaluation mode from a single file: a whole checkpoint, or one of the network alone.
+
+        Args:
+            pretrained_model_link_or_path: A `.safetensors`, `.ckpt` or `.pt` file, or its address on huggingface.co.
+            torch_dtype: Dtype of the parameters; float32 if not given.
+            config: A folder with the network's `config.json`, or a model folder; else the file's shapes tell.
+            original_config: The YAML file of its training, or what it holds.
+            image_size: Side of the pictures that it was trained on, in pixels.
+            extract_ema: Use the averaged weights, if the file has them.
+            **hub: `revision`, `cache_dir`, `local_files_only`, `token`, `force_download`, as in huggingface_hub.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+            ValueError: It is damaged, of another kind, or its names and shapes are not those of the network.
+        """
+        from sdedit.loading.single_file import load_network
+
+        return load_network(
+            cls,
+            pretrained_model_link_or_path,
+            torch_dtype=torch_dtype,
+            config=config,
+            original_config=original_config,
+            image_size=image_size,
+            extract_ema=extract_ema,
             **hub,
         )
 

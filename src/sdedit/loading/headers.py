@@ -1,0 +1,234 @@
+"""What a file of weights says of itself, names, shapes and dtypes, read and checked before any tensor is."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdedit.files import refuse_lfs_pointer
+from sdedit.loading.pickles import MAX_AXES, MAX_TENSORS, StoredTensor, read_pickle
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+
+# Bytes of the part that describes the tensors; of the largest Stable Diffusion files it is under 1 MB.
+MAX_HEADER = 4 << 20
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        tensors: Names to shapes and dtypes; of a pickle, those of its `state_dict` if it has one.
+        metadata: Strings of a safetensors file; of a pickle, the numbers and strings beside the tensors.
+        tree: Of a pickle, all that it holds (in its `state_dict` if it has one), with `StoredTensor` for tensors.
+        kind: "safetensors", "zip" (a pickle of today's torch) or "legacy" (of torch before 1.6).
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    tree: Any = None
+    kind: str = "safetensors"
+
+
+def read_header(path: Path, also: frozenset[str] = frozenset()) -> Header:
+    """Read and check the names, shapes and dtypes of a safetensors file or a pickle of torch.
+
+    Args:
+        also: Classes that a pickle may name besides those of tensors, see `read_pickle`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a git-lfs pointer, damaged, holds code, or claims more than it has.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    refuse_lfs_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(512)
+    if path.suffix == ".safetensors" or start[8:10] == b'{"':
+        return _read_safetensors(path)
+    if start[257:262] == b"ustar":
+        raise ValueError(f"{path} is a tar file, as torch wrote before 2018: its pickles are not read; convert it")
+    try:
+        kind = "zip" if start[:4] == b"PK\x03\x04" else "legacy"
+        tree = (_read_zip if kind == "zip" else _read_legacy)(path, also)
+        _check_total(path, tree)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} {error}: use a .safetensors file instead") from error
+    named = tree["state_dict"] if isinstance(tree, dict) and "state_dict" in tree else tree
+    inside = named.items() if isinstance(named, dict) else ()
+    beside = tree.items() if isinstance(tree, dict) else ()
+    return Header(
+        {str(k): TensorInfo(v.shape, v.dtype) for k, v in inside if isinstance(v, StoredTensor)},
+        {str(k): str(v) for k, v in beside if isinstance(v, (int, float, str))},
+        named,
+        kind,
+    )
+
+
+def _read_safetensors(path: Path) -> Header:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"it has {size:,} bytes, and its header should have {length:,}")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header has {length:,} bytes; at most {MAX_HEADER:,} are read")
+            raw = file.read(length)
+        if raw.count(b'"data_offsets"') > MAX_TENSORS:
+            raise ValueError(f"it lists more than {MAX_TENSORS:,} tensors")
+        entries = json.loads(raw, object_pairs_hook=_unique)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("its metadata are not strings")
+        _check_offsets(entries, size - 8 - length)
+        return Header(
+            {name: TensorInfo(tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in entries.items()}, metadata
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _check_offsets(entries: Mapping[str, Any], size: int) -> None:
+    """Refuse tensors whose bytes are not those of their shape, or that do not lie one after the other."""
+    ends = []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name[:80]!r} is described otherwise than by dtype, shape and data_offsets")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{name[:80]!r} has the dtype {str(entry['dtype'])[:20]!r}, which is not known")
+        if not (isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= MAX_AXES and len(offsets) == 2):
+            raise ValueError(f"{name[:80]!r} has no proper shape and offsets")
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, *offsets)):
+            raise ValueError(f"{name[:80]!r} has a size or offset that is out of range")
+        if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(f"{name[:80]!r} of shape {shape} has {offsets[1] - offsets[0]:,} bytes")
+        ends.append(offsets)
+    position = 0
+    for begin, end in sorted(ends):
+        if begin != position:
+            raise ValueError(f"at byte {position:,} tensors overlap, or leave a gap")
+        position = end
+    if position != size:
+        raise ValueError(f"its tensors have {position:,} bytes, and {size:,} are there")
+
+
+def _read_zip(path: Path, also: frozenset[str]) -> Any:
+    """The zip that `torch.save` writes: a pickle `data.pkl`, and one member a storage, none of them compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if any("/code/" in name for name in members):
+                raise ValueError("is a TorchScript program, not a file of weights")
+            _check_members(archive.infolist(), path.stat().st_size)
+            pickled = next((name for name in members if name.endswith("/data.pkl")), "")
+            root = pickled.removesuffix("data.pkl")
+            if not pickled or not all(name.startswith(root) for name in members):
+                raise ValueError("is a zip, but not one that torch wrote")
+            tree = read_pickle(io.BytesIO(archive.read(pickled)), also)
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged zip raises errors of many classes
+        raise ValueError(f"is a damaged zip ({str(error)[:100] or type(error).__name__})") from error
+    for tensor in _tensors(tree):
+        storage, member = tensor.storage, members.get(f"{root}data/{tensor.storage.key}")
+        if member is None or member.file_size < storage.count * storage.dtype.itemsize:
+            raise ValueError(f"is damaged (the numbers of a tensor of shape {list(tensor.shape)} are missing)")
+    return tree
+
+
+def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
+    if len({member.filename for member in members}) != len(members) or len(members) > 2 * MAX_TENSORS:
+        raise ValueError("is a zip with the same name twice, or too many")
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size or m.flag_bits & 1 for m in members):
+        raise ValueError("is a compressed zip, which could unpack to any size; torch writes none")
+    if sum(m.file_size for m in members) > size:
+        raise ValueError(f"is a zip of {size:,} bytes that claims to hold more")
+    if any(m.file_size > MAX_HEADER for m in members if m.filename.endswith(".pkl")):
+        raise ValueError(f"has a pickle of more than {MAX_HEADER:,} bytes beside its numbers")
+
+
+def _read_legacy(path: Path, also: frozenset[str]) -> Any:
+    """What torch wrote before 1.6: pickles of a magic number, a version, the machine, the tensors, then the numbers."""
+    with path.open("rb") as file:
+        magic = read_pickle(file, also)
+        if magic != _MAGIC:
+            raise ValueError("is damaged, or a pickle that torch did not write")
+        for _ in range(2):
+            read_pickle(file, also)
+        tree = read_pickle(file, also)
+    storages = {tensor.storage for tensor in _tensors(tree)}
+    if sum(s.count * s.dtype.itemsize for s in storages) > path.stat().st_size:
+        raise ValueError("is damaged (it has fewer bytes than its tensors)")
+    return tree
+
+
+def _tensors(tree: Any) -> list[StoredTensor]:
+    """All tensors in a tree; what is there several times is looked at once."""
+    found, seen, todo = [], {id(tree)}, [tree]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, StoredTensor):
+            found.append(one)
+        inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else []
+        todo += [part for part in inner if id(part) not in seen]
+        seen |= {id(part) for part in inner}
+    return found
+
+
+def _check_total(path: Path, tree: Any) -> None:
+    """Refuse tensors that share their numbers so often that casting them would take far more than the file."""
+    tensors = _tensors(tree)
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"lists more than {MAX_TENSORS:,} tensors")
+    claimed = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+    if claimed > 2 * path.stat().st_size + (1 << 20):
+        raise ValueError(f"describes tensors of {claimed:,} bytes in all, more than it has")
