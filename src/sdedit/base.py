@@ -10,10 +10,12 @@ from typing import Any, Self
 import torch
 from tqdm.auto import tqdm
 
+from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
+from sdedit.models.adapters import set_aside
 
 
-class Pipeline:
+class Pipeline(LoraLoader):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -115,10 +117,11 @@ class Pipeline:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write all components to a folder that `from_pretrained`, and other tools, read back."""
+        """Write all components to a folder that `from_pretrained`, and other tools, read back; adapters only if fused."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
-        save_components(self.components, self.requires_safety_checker, save_directory, variant)
+        with set_aside(self.unet, self.text_encoder):
+            save_components(self.components, self.requires_safety_checker, save_directory, variant)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)

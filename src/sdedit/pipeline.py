@@ -14,6 +14,7 @@ from torch import Tensor
 from sdedit import checks, prompts
 from sdedit.base import Pipeline
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.models.adapters import scaled
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.precision import finite
@@ -153,6 +154,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
         )
         of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt)
@@ -231,7 +233,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         dtype, device = self.unet.dtype, device or self.device
 
         if prompt_embeds is None:
-            prompt_embeds = self._encode_texts(checks.prompts("prompt", prompt), clip_skip)
+            prompt_embeds = self._encode_texts(checks.prompts("prompt", prompt), lora_scale, clip_skip)
         prompt_embeds = checks.embeds("prompt_embeds", prompt_embeds, width).to(device, dtype)
         count, length = prompt_embeds.shape[:2]
 
@@ -242,7 +244,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 raise ValueError(
                     f"negative_prompt: {len(negative)} of them for {count} prompts; expected one, or as many"
                 )
-            negative_prompt_embeds = self._encode_texts(negative, max_length=length)
+            negative_prompt_embeds = self._encode_texts(negative, lora_scale, max_length=length)
         negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(
             device, dtype
         )
@@ -258,12 +260,15 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt_embeds.repeat_interleave(num_images_per_prompt, 0),
         )
 
-    def _encode_texts(self, texts: list[str], clip_skip: int | None = None, max_length: int | None = None) -> Tensor:
+    def _encode_texts(
+        self, texts: list[str], lora_scale: float | None, clip_skip: int | None = None, max_length: int | None = None
+    ) -> Tensor:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative_prompt_embeds")
         ids = prompts.tokenize(self.tokenizer, texts, max_length)
         encoder = self.text_encoder
-        return finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
+        with scaled(encoder, lora_scale):
+            return finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
