@@ -117,7 +117,10 @@ class Pipeline(LoraLoader):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write all components to a folder that `from_pretrained`, and other tools, read back; adapters only if fused."""
+        """Write all components to a folder that `from_pretrained`, and other tools, read back.
+
+        Adapters are left out, unless they are fused.
+        ."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         with set_aside(self.unet, self.text_encoder):

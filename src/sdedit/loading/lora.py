@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ class LoraLoader:
 
     unet: Any
     text_encoder: Any
+    tokenizer: Any
+    _tokens_of: Mapping[str, list[str]] = MappingProxyType({})
 
     def load_lora_weights(
         self,
@@ -59,7 +63,9 @@ class LoraLoader:
         elif not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
             raise ValueError(f"adapter_name={adapter_name!r}; expected a name without dots")
         elif adapter_name in have:
-            raise ValueError(f"adapter_name: {adapter_name!r} is loaded already; choose another, or delete_adapters first")
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is loaded already; choose another, or delete_adapters first"
+            )
         parsed = self._parse(pretrained_model_name_or_path_or_dict, weight_name, subfolder, strict, hub)
         if parsed.report.problem:
             raise ValueError(f"{parsed.report.source} cannot be loaded: {parsed.report.problem}")
@@ -70,8 +76,8 @@ class LoraLoader:
                 adapters.attach(models[name], adapter_name, parts)
             for name in models.keys() - made.keys():
                 adapters.activate(models[name], {})  # the newest alone is active, wherever it is
-            self._load_tokens(parsed.tokens)
-        return parsed.report
+            kept_out = self._load_tokens(adapter_name, parsed.tokens)
+        return replace(parsed.report, left_out=(*parsed.report.left_out, *kept_out))
 
     def is_lora_supported(
         self, path: lora_files.Source, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
@@ -90,16 +96,21 @@ class LoraLoader:
         return {name: model for name in _COMPONENTS if (model := getattr(self, name)) is not None}
 
     def _parse(
-        self, source: lora_files.Source, weight_name: str | None, subfolder: str | None, strict: bool, hub: dict[str, Any]
+        self,
+        source: lora_files.Source,
+        weight_name: str | None,
+        subfolder: str | None,
+        strict: bool,
+        hub: dict[str, Any],
     ) -> Parsed:
         file = lora_files.read_adapter(source, weight_name, subfolder, **hub)
         shapes = {
-            name: {part: layer.weight.shape for part, layer in adapters.adaptable(model).items()}
+            name: {part: weight.shape for part, weight in adapters.weights(model).items()}
             for name, model in self._lora_models().items()
         }
         return lora_formats.parse(
             file.state,
-            shapes,  # type: ignore[arg-type] (a weight is a tensor)
+            shapes,
             source=file.source,
             text_width=self.unet.config.cross_attention_dim,
             metadata=file.metadata,
@@ -120,11 +131,22 @@ class LoraLoader:
                 raise ValueError(f"{parsed.report.source} cannot be loaded: {component} {name} {why}")
         return made
 
-    def _load_tokens(self, tokens: Mapping[str, Tensor]) -> None:
-        """Words that came with the adapter, where the pipeline can take them."""
+    def _load_tokens(self, adapter: str, tokens: Mapping[str, Tensor]) -> list[str]:
+        """Take in the words that came with an adapter; what could not be taken, with the reason."""
         load = getattr(self, "load_textual_inversion", None)
-        if tokens and load is not None:
-            load({token: vector.detach().clone() for token, vector in tokens.items()})
+        if load is None or self.text_encoder is None or self.tokenizer is None:
+            return [f"{token}: this pipeline takes no words for the prompt" for token in tokens]
+        known = self.tokenizer.get_vocab()
+        new = {token: vector.detach().clone() for token, vector in tokens.items() if token not in known}
+        if new:
+            load([{token: vector} for token, vector in new.items()])
+            self._tokens_of = {**self._tokens_of, adapter: list(new)}
+        return [f"{token}: the tokenizer has this word already" for token in tokens if token not in new]
+
+    def _unload_tokens(self, names: Sequence[str]) -> None:
+        if tokens := [token for name in names for token in self._tokens_of.get(name, ())]:
+            self.unload_textual_inversion(tokens)  # type: ignore[attr-defined]  # it loaded them
+        self._tokens_of = {name: held for name, held in self._tokens_of.items() if name not in names}
 
     @staticmethod
     def save_lora_weights(
@@ -147,7 +169,7 @@ class LoraLoader:
             weight_name: Another name of the file.
             save_function: Must be `None`.
             safe_serialization: Must be `True`: pickles are read, never written.
-            unet_lora_adapter_metadata, text_encoder_lora_adapter_metadata: `LoraConfig.to_dict()`: with it alpha is kept.
+            unet_lora_adapter_metadata, text_encoder_lora_adapter_metadata: `LoraConfig.to_dict()`, which keeps alpha.
         """
         if not safe_serialization or save_function is not None:
             raise ValueError("safe_serialization=False and save_function would write pickles; expected safetensors")
@@ -169,14 +191,16 @@ class LoraLoader:
         Args:
             adapter_names: One, or several; all others rest.
             adapter_weights: One for all, or a list. A weight is a number, or one for each part:
-                `{"unet": {"down": 0.5, "mid": 1, "up": {"block_0": 0.3, "block_1": [0.1, 0.2, 0.3]}}, "text_encoder": 0}`
+                `{"unet": {"down": 0.5, "mid": 1, "up": {"block_0": 0.3, "block_1": [0, 0.2, 1]}}, "text_encoder": 0}`
                 (without `"unet"` around it, the rest is meant for the UNet). What is not named has the weight 1.
 
         Raises:
             ValueError: A name is not loaded, or is fused, or a weight is not as described.
         """
         chosen = self._known_adapters(adapter_names)
-        given = list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(chosen)
+        given: list[Any] = [adapter_weights] * len(chosen)
+        if isinstance(adapter_weights, (list, tuple)):
+            given = list(adapter_weights)
         if len(given) != len(chosen):
             raise ValueError(f"adapter_weights: {len(given)} for {len(chosen)} adapters; expected one, or as many")
         self._refuse_fused(chosen)
@@ -204,6 +228,7 @@ class LoraLoader:
         for model in self._lora_models().values():
             for name in chosen:
                 adapters.detach(model, name)
+        self._unload_tokens(chosen)
 
     def enable_lora(self) -> None:
         """Let the active adapters work again after `disable_lora`."""
@@ -250,9 +275,10 @@ class LoraLoader:
                 adapters.unfuse(model)
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters away; what is fused stays in the weights. Words for the prompt stay too."""
+        """Take all adapters away, and the words that came with them; what is fused stays in the weights."""
         for model in self._lora_models().values():
             adapters.detach_all(model)
+        self._unload_tokens(list(self._tokens_of))
 
     def _known_adapters(self, names: str | Sequence[str]) -> list[str]:
         chosen = [names] if isinstance(names, str) else list(names)

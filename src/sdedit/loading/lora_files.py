@@ -33,7 +33,9 @@ class AdapterFile:
     peft_config: Mapping[str, Any] | None = None
 
 
-def read_adapter(source: Source, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> AdapterFile:
+def read_adapter(
+    source: Source, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+) -> AdapterFile:
     """Read an adapter.
 
     Args:

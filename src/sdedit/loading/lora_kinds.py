@@ -72,7 +72,12 @@ def check(roles: Roles, shape: torch.Size) -> str | None:
 def _fits(roles: Roles, shape: torch.Size) -> bool:
     if "down" in roles and "mid" not in roles:  # the common case, without computing
         down, up = roles["down"].shape, roles["up"].shape
-        return up[0] == shape[0] and up.numel() == up[0] * down[0] and down[1:].numel() == shape[1:].numel()
+        return (
+            min(len(down), len(up)) > 1
+            and up[0] == shape[0]
+            and up.numel() == up[0] * down[0]
+            and down[1:].numel() == shape[1:].numel()
+        )
     try:
         made = factors({n: torch.empty_like(t, device="meta") for n, t in roles.items() if n != "alpha"}, shape)
     except (RuntimeError, IndexError):
@@ -95,7 +100,9 @@ def factors(roles: Roles, shape: torch.Size, alpha: float | None = None, weight:
     magnitude = roles.get("dora")
     if magnitude is not None and _along_input(magnitude, shape):
         if weight is not None:
-            left, right = _narrow(_dora_of_columns(weight, (left.float() @ right.float() * scale).reshape(shape), magnitude).flatten(1))
+            left, right = _narrow(
+                _dora_of_columns(weight, (left.float() @ right.float() * scale).reshape(shape), magnitude).flatten(1)
+            )
             scale = 1.0
         magnitude = None
     inner = left.shape[1]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 Target = tuple[str, str]  # component ("unet" or "text_encoder") and module name
 
-_PREFIX = re.compile(r"(?:base_model_model_|lora_|lycoris_|unet_|te1?_|text_encoder_|model_diffusion_model_)*")
+_PREFIX = re.compile(r"^(?:base_model_model_|lora_|lycoris_|unet_|te1?_|text_encoder_|model_diffusion_model_)+")
 
 # Layers of a residual block by their LDM names.
 _LDM_RESNET = {
@@ -45,7 +45,7 @@ _FAMILIES = {
 def underscored(name: str) -> str:
     """A file's module name without its prefixes, dots as underscores."""
     flat = name.replace(".processor.", ".").replace(".", "_").replace("_processor_", "_")
-    return flat[_PREFIX.match(flat).end() :]  # type: ignore[union-attr] (it matches the empty string too)
+    return _PREFIX.sub("", flat)
 
 
 def index(names: Mapping[str, Iterable[str]]) -> dict[str, Target]:
@@ -74,14 +74,18 @@ def index(names: Mapping[str, Iterable[str]]) -> dict[str, Target]:
 
 def is_text(flat: str) -> bool:
     """Is it a name in CLIP's text encoder?"""
-    return re.match(r"(text_model_)?(encoder_layers_\d+_(self_attn|mlp)_|embeddings_|final_layer_norm)", flat) is not None
+    return (
+        re.match(r"(text_model_)?(encoder_layers_\d+_(self_attn|mlp)_|embeddings_|final_layer_norm)", flat) is not None
+    )
 
 
 def _ldm_name(name: str, depth: int, names: list[str]) -> str:
     """The name in the original code; `depth` is the number of residual blocks of a level on the way down."""
     if name in _LDM_ENDS:
         return _LDM_ENDS[name]
-    match = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    match = re.match(
+        r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
+    )
     if match is None:
         return name
     way, kind, rest = match[1], match[3], match[5]
@@ -92,7 +96,11 @@ def _ldm_name(name: str, depth: int, names: list[str]) -> str:
         return f"middle_block.{2 * layer if kind == 'resnets' else 1}.{rest}"
     if way == "down":
         at = 1 + block * (depth + 1) + (depth if kind == "downsamplers" else layer)
-        return f"input_blocks.{at}.0.op" if kind == "downsamplers" else f"input_blocks.{at}.{int(kind == 'attentions')}.{rest}"
+        return (
+            f"input_blocks.{at}.0.op"
+            if kind == "downsamplers"
+            else f"input_blocks.{at}.{int(kind == 'attentions')}.{rest}"
+        )
     at = block * (depth + 1) + (depth if kind == "upsamplers" else layer)
     if kind == "upsamplers":
         attends = any(n.startswith(f"up_blocks.{block}.attentions.") for n in names)
@@ -110,8 +118,8 @@ def numbered(names: Mapping[str, Iterable[str]], count: int) -> dict[str, Target
         count: How many numbers of the UNet the file has: GEGLU is left out of some.
     """
     way = ("down_blocks", "up_blocks", "mid_block")
-    layers = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
-    layers += ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+    first = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+    layers = (*first, "ff.net.0.proj", *(name.replace("attn1", "attn2") for name in first))
     heads = [n.removesuffix("attn1.to_q") for n in names.get("unet", ()) if n.endswith("attn1.to_q")]
     heads.sort(key=lambda n: (way.index(n.split(".")[0]), [int(part) for part in n.split(".") if part.isdigit()]))
     wanted = [layer for layer in layers if len(heads) * len(layers) <= count or "ff" not in layer]

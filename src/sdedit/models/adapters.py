@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -84,6 +83,11 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight of each layer that `adaptable` names."""
+    return {name: cast("Tensor", layer.weight) for name, layer in adaptable(model).items()}
+
+
 def names(model: nn.Module) -> list[str]:
     """Adapters that a network has, in the order in which they came."""
     return list(getattr(model, "peft_config", {}))
@@ -139,7 +143,9 @@ def _fill(layer: Any, adapter: str, part: Factors) -> None:
         down.out_channels = up.in_channels = part.rank
     if part.magnitude is not None:
         held = layer.lora_magnitude_vector[adapter]
-        held.weight = parameter(part.magnitude.reshape(1, -1, *(1 for _ in base.shape[2:])) if base.ndim > 2 else part.magnitude)
+        held.weight = parameter(
+            part.magnitude.reshape(1, -1, *(1 for _ in base.shape[2:])) if base.ndim > 2 else part.magnitude
+        )
     if part.bias is not None:
         up.bias = parameter(part.bias / layer.scaling[adapter])
         layer.lora_bias[adapter] = True
