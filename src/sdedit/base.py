@@ -120,7 +120,7 @@ class Pipeline(LoraLoader):
         """Write all components to a folder that `from_pretrained`, and other tools, read back.
 
         Adapters are left out, unless they are fused.
-        ."""
+        """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         with set_aside(self.unet, self.text_encoder):

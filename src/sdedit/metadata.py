@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ _KEYS = {
     "size": "Size",
     "model": "Model",
     "strength": "Denoising strength",
+    "lora": "LoRA",
     "image": "Init image",
     "image_hash": "Init image hash",
     "scheduler": "Scheduler",
@@ -50,6 +51,7 @@ class Settings:
         size: (width, height) in pixels of the picture, to which the input image is brought.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         model: `"default"`, a folder, or a hub id.
+        lora: File, folder or hub id of each adapter, in a file relative like `image`, and its weight.
     """
 
     prompt: str
@@ -65,6 +67,7 @@ class Settings:
     size: tuple[int, int] | None = None
     model: str = "default"
     strength: float = 0.8
+    lora: list[tuple[str, float]] = field(default_factory=list)
     dtype: str | None = None
     version: str | None = None
 
@@ -73,8 +76,10 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and value != []:
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
+                if name == "lora":  # as the web UI writes them in a prompt
+                    written = " ".join(f"<lora:{path}:{_number(weight)}>" for path, weight in value)
                 pairs.append(f"{key}: {_quote(written)}")
         lines = [self.prompt] + ([f"Negative prompt: {self.negative}"] if self.negative else [])
         return "\n".join([*lines, ", ".join(pairs)])
@@ -120,6 +125,8 @@ def _read_value(name: str, key: str, value: str) -> Any:
         if name == "size":
             width, height = value.split("x")
             return int(width), int(height)
+        if name == "lora":
+            return [(path, float(weight)) for path, weight in re.findall(r"<lora:(.+?):([^:<>]*)>", value)]
         kind = {f.name: str(f.type) for f in fields(Settings)}[name]
         return int(value) if kind == "int" else float(value) if kind == "float" else value
     except ValueError:

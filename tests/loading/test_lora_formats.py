@@ -111,6 +111,8 @@ def test_old_attention_processors(prefix, shapes):
     assert list(changes["text_encoder"]) == ["encoder.layers.0.self_attn.out_proj"]
 
 
+FIRST = "transformer_blocks.0"
+
 # Pairs known from the original code of Stable Diffusion 1.x.
 LDM = {
     "time_embed.0": "time_embedding.linear_1",
@@ -119,14 +121,14 @@ LDM = {
     "input_blocks.1.1.proj_in": "down_blocks.0.attentions.0.proj_in",
     "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
     "input_blocks.4.0.skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
-    "input_blocks.8.1.transformer_blocks.0.ff.net.0.proj": "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj",
+    f"input_blocks.8.1.{FIRST}.ff.net.0.proj": f"down_blocks.2.attentions.1.{FIRST}.ff.net.0.proj",
     "input_blocks.11.0.emb_layers.1": "down_blocks.3.resnets.1.time_emb_proj",
     "middle_block.0.out_layers.3": "mid_block.resnets.0.conv2",
     "middle_block.1.transformer_blocks.0.attn2.to_v": "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
     "middle_block.2.in_layers.2": "mid_block.resnets.1.conv1",
     "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
     "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
-    "output_blocks.11.1.transformer_blocks.0.attn1.to_out.0": "up_blocks.3.attentions.2.transformer_blocks.0.attn1.to_out.0",
+    f"output_blocks.11.1.{FIRST}.attn1.to_out.0": f"up_blocks.3.attentions.2.{FIRST}.attn1.to_out.0",
     "out.2": "conv_out",
 }
 

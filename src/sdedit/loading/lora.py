@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdedit import checks
 from sdedit.loading import lora_files, lora_formats, lora_kinds
 from sdedit.loading.lora_formats import LoadReport, Parsed
 from sdedit.models import adapters
@@ -339,6 +340,4 @@ def _check_blocks(way: str, value: Any, blocks: Any) -> None:
 
 
 def _number(what: str, value: Any) -> float:
-    from sdedit import checks
-
     return checks.number(f"adapter_weights: {what}", value)
