@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import SHARED, UNET, needs_shared
@@ -239,6 +241,29 @@ def test_a_text_encoder_that_is_not_there(shapes):
     report = parse(state, {"unet": shapes["unet"]}).report
     assert report and report.matched == {"unet": 1} and len(report.left_out) == 2
     assert "no text encoder" in report.left_out[0]
+
+
+ROLES = ["lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b"]
+ROLES += [f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")]
+ROLES += [f"lokr_{n}" for n in ("w1", "w2", "w2_a", "w2_b", "t2")]
+OTHERS = ["<s>", "bundle_emb.x.string_to_param.*", "bundle_emb.x", ":down", "unet:0:up", "unet:0:down"]
+SHAPE = st.lists(st.sampled_from([0, 1, 2, 3, 4, 32, 1024]), max_size=4)
+DTYPE = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64])
+TENSOR = st.builds(lambda shape, dtype: torch.zeros((), dtype=dtype).expand(shape), SHAPE, DTYPE)
+PLACE = st.tuples(st.sampled_from([TO_K, CONV, "nowhere"]), st.sampled_from(ROLES))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.dictionaries(PLACE, TENSOR, max_size=8), st.dictionaries(st.sampled_from(OTHERS), TENSOR), st.text(max_size=20)
+)
+def test_damaged_files_end_in_a_report(shapes, parts, others, text):
+    state = others | {f"lora_unet_{module.replace('.', '_')}.{role}": t for (module, role), t in parts.items()}
+    parsed = parse(state, shapes, metadata={"lora_adapter_metadata": text})
+    assert str(parsed.report)
+    if parsed.report:  # what is let through can be computed
+        for module, change in parsed.changes["unet"].items():
+            assert lora_kinds.factors(change.roles, shapes["unet"][module], change.alpha).delta() is not None
 
 
 @needs_shared

@@ -63,6 +63,8 @@ class LoraLoader:
             adapter_name = next(f"default_{i}" for i in range(len(have) + 1) if f"default_{i}" not in have)
         elif not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
             raise ValueError(f"adapter_name={adapter_name!r}; expected a name without dots")
+        elif hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(f"adapter_name={adapter_name!r} is a word that torch's modules use; choose another")
         elif adapter_name in have:
             raise ValueError(
                 f"adapter_name: {adapter_name!r} is loaded already; choose another, or delete_adapters first"

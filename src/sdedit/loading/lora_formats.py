@@ -204,8 +204,8 @@ def _changes(
     for (component, module), roles in found.held.items():
         shape, stored = shapes[component][module], roles.pop("alpha", None)
         wrong = "a part is missing" if lora_kinds.kind(roles) is None else lora_kinds.check(roles, shape)
-        if stored is not None and not (stored.numel() == 1 and torch.isfinite(stored).all()):
-            wrong = f"alpha is {list(stored.shape)}, not a finite number"
+        if stored is not None and (stored.numel() != 1 or stored.is_complex() or not torch.isfinite(stored).all()):
+            wrong = f"alpha is {list(stored.shape)} of {stored.dtype}, not a finite number"
         if wrong:
             misfits.append(f"! {component} {module} is {list(shape)}; in the file {wrong}")
             continue
@@ -236,9 +236,10 @@ def _kind(change: Change) -> str:
 
 def _token(name: str, tensor: Tensor) -> str | None:
     """The word that this tensor is the vector of, if it is one."""
-    if match := _BUNDLE.fullmatch(name):
-        return match["token"]
-    return name if re.fullmatch(r"<[^<>]+>", name) and tensor.ndim in (1, 2) else None
+    if tensor.ndim not in (1, 2) or not tensor.is_floating_point():
+        return None
+    match = _BUNDLE.fullmatch(name)
+    return match["token"] if match else name if re.fullmatch(r"<[^<>]+>", name) else None
 
 
 def _role(match: re.Match[str]) -> str:
@@ -267,7 +268,7 @@ def _configs(metadata: Mapping[str, str], peft_config: Mapping[str, Any] | None)
     if settings is None and "lora_adapter_metadata" in metadata:
         try:
             settings = json.loads(metadata["lora_adapter_metadata"])
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
     if not isinstance(settings, Mapping):
         return {}

@@ -55,8 +55,8 @@ def check(roles: Roles, shape: torch.Size) -> str | None:
     for name, tensor in roles.items():
         if not tensor.is_floating_point() and name != "alpha":
             return f"{name} holds {tensor.dtype}, not floats"
-        if tensor.numel() > limit**2:
-            return f"{name} is {list(tensor.shape)}, too large"
+        if not tensor.numel() or tensor.numel() > limit**2:
+            return f"{name} is {list(tensor.shape)}, {'too large' if tensor.numel() else 'empty'}"
     if not _fits(roles, shape):
         return ", ".join(f"{name} is {list(tensor.shape)}" for name, tensor in roles.items())
     for name in ("diff_b", "up_bias"):

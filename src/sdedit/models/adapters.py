@@ -146,7 +146,7 @@ def _fill(layer: Any, adapter: str, part: Factors) -> None:
         held.weight = parameter(
             part.magnitude.reshape(1, -1, *(1 for _ in base.shape[2:])) if base.ndim > 2 else part.magnitude
         )
-    if part.bias is not None:
+    if part.bias is not None and layer.scaling[adapter]:
         up.bias = parameter(part.bias / layer.scaling[adapter])
         layer.lora_bias[adapter] = True
 
