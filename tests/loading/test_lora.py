@@ -445,7 +445,7 @@ def test_tokens_are_handed_over(pipe, monkeypatch):
 
 def test_without_peft(pipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'sdedit\[lora\]'"):
+    with pytest.raises(ImportError, match=r"pip install -U 'sdedit\[lora\]'"):
         pipe.load_lora_weights(as_diffusers(lora(pipe)))
 
 

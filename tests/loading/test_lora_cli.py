@@ -60,7 +60,7 @@ def test_without_peft_the_error_says_what_to_install(folder, tmp_path, monkeypat
     arguments = ["run", tmp_path / "in.png", "a", "--model", folder, "-o", tmp_path / "o.png"]
     arguments += ["--lora", tmp_path / "x.safetensors"]
     ran = CliRunner().invoke(app, list(map(str, arguments)))
-    assert isinstance(ran.exception, ImportError) and "pip install 'sdedit[lora]'" in str(ran.exception)
+    assert isinstance(ran.exception, ImportError) and "pip install -U 'sdedit[lora]'" in str(ran.exception)
     assert not (tmp_path / "o.png").exists()
 
 

@@ -52,12 +52,12 @@ def require_peft() -> Any:
     """The package `peft`.
 
     Raises:
-        ImportError: It is missing; the message says what to install.
+        ImportError: It is missing, or too old for the other packages; the message says what to install.
     """
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft: pip install 'sdedit[lora]'") from error
+        raise ImportError(f"LoRA needs the package peft: pip install -U 'sdedit[lora]' ({error})") from error
     return peft
 
 
