@@ -256,12 +256,17 @@ def fuse(model: nn.Module, adapters: Sequence[str], scale: float, check: bool) -
             if before is None:
                 bias = None if base.bias is None else base.bias.detach().clone()
                 layer.before_fusing = (base.weight.detach().clone(), bias)
-            own = dict(layer.scaling)
+            own, biases = dict(layer.scaling), dict(layer.lora_bias)
             layer.scaling.update({a: own[a] * scale for a in chosen})
+            layer.lora_bias.update(dict.fromkeys(chosen, False))  # convolutions' are not merged by every release
             try:
                 layer.merge(safe_merge=check, adapter_names=chosen)
+                for a in chosen:
+                    if biases.get(a):
+                        base.bias.data += layer.lora_B[a].bias.detach() * layer.scaling[a]
             finally:
                 layer.scaling.update(own)
+                layer.lora_bias.update(biases)
                 # To PEFT the layer is as before, over another weight: its own unmerge would subtract, and not exactly.
                 layer.merged_adapters.clear()
                 layer.fused_adapters = [*_fused(layer), *chosen]
