@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
 
+from conftest import picture
 from sdedit.metadata import read_settings
 
 SDEDIT = Path(sys.executable).with_name("sdedit")
@@ -35,12 +35,15 @@ def test_run_and_again(work: Path, folder: Path) -> None:
     ran = sdedit(
         *("run", "in.png", "apple, red: 1", "-o", "out.png", "--model", folder, "--steps", 4, "--seed", 7),
         *("--negative", "grey", "--scheduler", "euler-a", "--size", "original", "--strength", 0.6, "--guidance", 3),
+        *("--exact-steps", "--extra-noise", 0.1, "--weighting"),
         cwd=work,
     )
     assert ran.returncode == 0, ran.stderr
     assert "seed 7" in ran.stdout
     settings = read_settings(work / "out.png")
     assert (settings.prompt, settings.negative, settings.seed) == ("apple, red: 1", "grey", 7)
+    assert (settings.exact_steps, settings.extra_noise, settings.weighting) == (True, 0.1, True)
+    assert "4 steps from noise level" in ran.stderr
     assert (settings.sampler, settings.scheduler, settings.size) == ("Euler a", "euler-a", (60, 44))
 
     # From another folder, under another name: the same picture.
@@ -80,7 +83,10 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "nowhere/o.png"), "a folder that exists"),
         (("run", "in.png", "a", "-o", "o"), "such as out.png"),
         (("run", "in.png", "a", "-o", "o.png", "--scheduler", "best"), "expected one of ddim"),
-        (("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"), "expected a number from 0 to 1"),
+        (
+            ("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"),
+            "expected a number from 0 to 1",
+        ),
         (("run", "in.png", "a", "-o", "o.png", "--steps", "0", "--model", "FOLDER"), "num_inference_steps=0"),
         (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "expected at least 1"),
         (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),
@@ -107,6 +113,24 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_debug_gives_the_traceback(work: Path) -> None:
     ran = sdedit("run", "none.png", "a", "-o", "o.png", "--debug", cwd=work)
     assert ran.returncode != 0 and "Traceback" in ran.stderr
+
+
+def test_sweep_draws_a_sheet(work: Path, folder: Path) -> None:
+    ran = sdedit(
+        *("sweep", "in.png", "apple", "-o", "sheet.png", "--model", folder, "--size", "original"),
+        *("--steps", 4, "--strengths", "0.25,0.5,1", "--exact-steps"),
+        cwd=work,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split(",")[0] for line in ran.stdout.splitlines()[:3]] == [
+        "strength 0.25: 4 steps",
+        "strength 0.5: 4 steps",
+        "strength 1: 4 steps",
+    ]
+    with Image.open(work / "sheet.png") as sheet:
+        assert sheet.width >= 2 * 60
+    ran = sdedit("sweep", "in.png", "apple", "-o", "sheet.png", "--strengths", "a,b", cwd=work)
+    assert ran.returncode == 2 and "expected numbers with commas" in ran.stderr
 
 
 def test_models_and_version(work: Path) -> None:

@@ -56,9 +56,13 @@ def write_model(folder: Path, kind: str, config: dict, model: nn.Module) -> None
 
 
 def write_text_encoder(folder: Path, model: CLIPTextModel) -> None:
-    model.half().save_pretrained(folder)
-    config = read_json(folder / "config.json")
-    write_json({**config, "dtype": "float32"}, folder / "config.json")  # as what it's computed, like the other parts
+    """In the published form: keys under "text_model.", and float32 as what to compute in, like the other parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**model.config.to_diff_dict(), "architectures": ["CLIPTextModel"], "dtype": "float32"}
+    write_json(config, folder / "config.json")
+    weights = {"text_model." + key.removeprefix("text_model."): value for key, value in model.state_dict().items()}
+    weights = {key: value.half().contiguous() for key, value in weights.items() if not key.endswith("position_ids")}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def rounded(model: nn.Module) -> nn.Module:
@@ -102,7 +106,7 @@ def main() -> None:
     model, vae = rounded(model), rounded(finished_vae())
     folder.mkdir(parents=True, exist_ok=True)
     write_json(LAYOUT, folder / "model_index.json")
-    write_model(folder / "vae", "AutoencoderKL", {**train_vae.CONFIG, "scaling_factor": 1.0}, vae)
+    write_model(folder / "vae", "AutoencoderKL", {**train_vae.CONFIG, "scaling_factor": train_unet.LATENT_SCALE}, vae)
     write_model(folder / "unet", "UNet2DConditionModel", train_unet.CONFIG, model.unet)
     (folder / "README.md").write_text(card(model, vae, state), encoding="utf-8")
     write_text_encoder(folder / "text_encoder", model.text)

@@ -25,7 +25,7 @@ from train_vae import CONFIG, load_vae, on_background, to_tensor
 def centred(vae: AutoencoderKL, latents: Tensor) -> AutoencoderKL:
     """The same autoencoder with every latent channel shifted and scaled to mean 0 and deviation 1.
 
-    The two 1x1 convolutions beside the latents take it up, so nothing else changes and scaling_factor is 1.
+    The two 1x1 convolutions beside the latents take it up, so nothing else changes.
     """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     print("channel deviations before:", [round(value, 2) for value in std.tolist()])

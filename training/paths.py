@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,14 @@ def save_atomically(state: Any, path: Path) -> None:
     part = path.with_suffix(path.suffix + ".part")
     torch.save(state, part)
     part.replace(path)
+
+
+def stop_asked() -> Callable[[], bool]:
+    """From now on, Ctrl-C or a plain `kill` only makes this answer True: the caller ends its step, saves and stops."""
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
+    return asked.is_set
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from data import Item, caption, load, starred
 from latents import finished_vae
-from paths import REPOSITORY, read_json, save_atomically, work_folder
+from paths import REPOSITORY, read_json, save_atomically, stop_asked, work_folder
 from sdedit.models.unet import UNet2DConditionModel
 from sdedit.models.vae import AutoencoderKL
 from words import LENGTH, text_config, tokenizer
@@ -39,21 +39,25 @@ CONFIG = {
 STEPS = 1000
 BETAS = (0.00085, 0.012)  # Stable Diffusion's "scaled_linear" schedule
 SNR_CAP = 5.0
+# Latents of deviation 1 become deviation 2 (the VAE's scaling_factor). 16x16 values drown in noise sooner than 64x64
+# do; at twice the size a strength keeps about as much of a doodle as users of Stable Diffusion expect.
+LATENT_SCALE = 2.0
+STARRED_WEIGHT = 6.0  # how much oftener a thing with a star is drawn
 GUIDED = (250, 950)  # noise levels at which a sample may start from a guide
 GUIDE_SHARE = 0.45  # of the samples at those levels
 SHEET = {  # doodle -> words
     "apple": "red apple, 3d",
-    "face": "smiling face, 3d",
-    "cat": "cat face, 3d",
-    "house": "house, 3d",
-    "car": "car, noto",
+    "face": "face",
+    "cat": "cat",
+    "house": "house",
+    "car": "car, 3d",
     "tree": "tree, noto",
-    "flower": "flower, flat",
+    "flower": "flower",
     "sun": "sun, 3d",
-    "fish": "fish, twemoji",
-    "boat": "sailboat, 3d",
-    "star": "star",
-    "heart": "red heart, 3d",
+    "fish": "fish",
+    "boat": "boat, 3d",
+    "star": "star, flat",
+    "heart": "heart",
 }
 
 
@@ -85,7 +89,7 @@ def scales(levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Loss:
-    """Error of v, weighted by min(SNR, 5) / (SNR + 1); kept, unweighted, by fifths of the noise levels for the log."""
+    """Error of v, weighted to be that of the picture times min(SNR, 5); logged by fifths of the noise levels."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -94,8 +98,8 @@ class Loss:
         error = (model(noisy, levels, ids) - target).square().mean((1, 2, 3))
         self.seen.append((levels, error.detach()))
         kept = SIGNAL[levels]
-        snr = kept / (1 - kept)
-        return (error * snr.clamp(max=SNR_CAP) / (snr + 1)).mean()
+        snr = LATENT_SCALE**2 * kept / (1 - kept)
+        return (error * (1 - kept) * snr.clamp(max=SNR_CAP)).mean()
 
     def by_level(self) -> str:
         levels, errors = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -110,23 +114,26 @@ class Batches:
     def __init__(self, items: list[Item], words: CLIPTokenizer, seed: int) -> None:
         self.latents = np.load(work_folder() / "latents.npy", mmap_mode="r")
         self.items = [items[row] for row in read_json(work_folder() / "latents.json")]
-        weight = np.array([3.0 if item.name in starred() else 1.0 for item in self.items])
+        weight = np.array([STARRED_WEIGHT if item.name in starred() else 1.0 for item in self.items])
         self.chance = weight / weight.sum()
         self.same: dict[str, list[int]] = {}
         for n, item in enumerate(self.items):
             self.same.setdefault(item.code, []).append(n)
         self.words, self.rng, self.generator = words, np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
+    def scaled(self, row: int, version: int, kind: int) -> np.ndarray:
+        return LATENT_SCALE * self.latents[row, version, kind].astype(np.float32)
+
     def start(self, row: int, version: int, level: int) -> np.ndarray:
         """The latents that get the noise: the picture's own, or (part of the way to) those of a guide to it."""
-        true = self.latents[row, version, 0].astype(np.float32)
+        true = self.scaled(row, version, 0)
         if not (GUIDED[0] <= level < GUIDED[1] and self.rng.random() < GUIDE_SHARE):
             return true
         kind = self.rng.choice(3, p=(0.15, 0.4, 0.45))  # another style, strokes, a doodle
         other = int(self.rng.choice(self.same[self.items[row].code])) if kind == 0 else row
         if kind == 0 and level < 500:
             return true
-        guide = self.latents[other, version, kind].astype(np.float32)
+        guide = self.scaled(other, version, kind)
         # While a sampler goes down, what was wrong with the guide fades with the noise: hence all parts of the way.
         return true + (guide - true) * (1.0 if self.rng.random() < 0.5 else self.rng.random())
 
@@ -136,7 +143,7 @@ class Batches:
         levels = ((np.arange(size) + self.rng.random()) / size * STEPS).astype(np.int64)  # spread evenly
         self.rng.shuffle(levels)
         starts = [self.start(r, v, t) for r, v, t in zip(rows, versions, levels, strict=True)]
-        true = torch.from_numpy(np.stack([self.latents[r, v, 0] for r, v in zip(rows, versions, strict=True)])).float()
+        true = torch.from_numpy(np.stack([self.scaled(r, v, 0) for r, v in zip(rows, versions, strict=True)]))
         a, s = scales(torch.from_numpy(levels))
         noisy = a * torch.from_numpy(np.stack(starts)) + s * torch.randn(true.shape, generator=self.generator)
         noise = (noisy - a * true) / s  # as if all of it had been noise on the true picture
@@ -185,11 +192,11 @@ def sheet(model: Painter, words: CLIPTokenizer, vae: AutoencoderKL, path: Path) 
         square.paste(image, ((128 - image.width) // 2, (128 - image.height) // 2))
         doodles.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1)
     pixels = torch.stack(doodles)
-    start = vae.encode(pixels).latent_dist.mode()
+    start = LATENT_SCALE * vae.encode(pixels).latent_dist.mode()
     rows = [pixels]
     for strength, guidance in ((0.6, 3.0), (0.7, 3.0), (0.8, 4.0), (1.0, 4.0)):
         latents = sample(model, words, start, list(SHEET.values()), strength, guidance)
-        rows.append(vae.decode(latents).sample)
+        rows.append(vae.decode(latents / LATENT_SCALE).sample)
     Image.fromarray(np.concatenate([np.concatenate([to_image(p) for p in row], 1) for row in rows])).save(path)
 
 
@@ -235,7 +242,8 @@ def main() -> None:
         save_atomically({**state, "step": step, "seconds": spent, "batch": args.batch}, checkpoint)
 
     started, logged, saved, drawn = time.time() - spent, (step, spent), spent, spent
-    while spent < args.minutes * 60:
+    stop = stop_asked()
+    while spent < args.minutes * 60 and not stop():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args.rate, step, spent / (args.minutes * 60))
         optimizer.zero_grad(set_to_none=True)
@@ -258,7 +266,7 @@ def main() -> None:
             drawn = spent
     save()
     sheet(average, words, vae, work_folder() / f"sheet-{step:06d}.png")
-    print(f"done: {step} steps, {spent / 60:.1f} min")
+    print(f"stopped at {step} steps, {spent / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data import SIZE, Item, load, things
-from paths import save_atomically, work_folder
+from paths import save_atomically, stop_asked, work_folder
 from sdedit.models.vae import AutoencoderKL
 from workers import Workers
 
@@ -136,7 +136,8 @@ def main() -> None:
         save_atomically({**state, "step": step, "seconds": spent}, checkpoint)
 
     started, losses, logged, saved = time.time() - spent, [], spent, spent
-    while spent < args.minutes * 60:
+    stop = stop_asked()
+    while spent < args.minutes * 60 and not stop():
         size, count = (SIZE, args.batch // 4) if rng.random() < 0.2 else (64, args.batch)
         rows = [rng.choice(listed if rng.random() < 0.5 else train) for _ in range(count)]
         batch = to_tensor([random_crop(pictures[i], size, rng) for i in rows])
@@ -159,7 +160,8 @@ def main() -> None:
             saved = spent
             print(f"  held-out PSNR {psnr(load_vae(), pictures, held_out):.2f} dB", flush=True)
     save()
-    print(f"done: {step} steps, {spent / 60:.1f} min, held-out PSNR {psnr(load_vae(), pictures, held_out):.2f} dB, "
+    print(f"stopped at {step} steps, {spent / 60:.1f} min")
+    print(f"PSNR: held-out {psnr(load_vae(), pictures, held_out):.2f} dB, "
           f"listed things {psnr(load_vae(), pictures, listed[::10]):.2f} dB")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
 from sdedit.models.adapters import set_aside
+from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
 class Pipeline(LoraLoader):
@@ -78,6 +80,17 @@ class Pipeline(LoraLoader):
     def _progress(self, total: int) -> Iterator[Any]:
         with tqdm(total=total, **self._progress_bar_config) as bar:
             yield bar
+
+    def sweep(
+        self,
+        image: Image,
+        prompt: str,
+        strengths: Sequence[float] = STRENGTHS,
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ) -> Sweep:
+        """Draw an image at several strengths in one batch, from the same noise: see `sdedit.sweep`."""
+        return sweep(self, image, prompt, strengths, generator, **settings)
 
     @classmethod
     def from_pretrained(

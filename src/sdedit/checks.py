@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,12 @@ def components(parts: Mapping[str, Any]) -> None:
     if parts["safety_checker"] is not None and parts["feature_extractor"] is None:
         raise ValueError("feature_extractor: None, but the safety checker needs one; pass it, or safety_checker=None")
     takes, gives = parts["unet"].config.in_channels, parts["vae"].config.latent_channels
+    reads = getattr(getattr(parts["text_encoder"], "config", None), "hidden_size", None)
+    if reads is not None and reads != parts["unet"].config.cross_attention_dim:
+        raise ValueError(
+            f"text_encoder: gives {reads} channels; the UNet reads {parts['unet'].config.cross_attention_dim} "
+            "(Stable Diffusion 1.x has 768, 2.x 1024): take both from one model"
+        )
     if takes != gives:
         kind = {9: " (an inpainting model)", 8: " (an instruct-pix2pix model)", 5: " (a depth model)"}.get(takes, "")
         raise ValueError(f"unet: takes {takes} channels{kind}; expected {gives}, the channels of the VAE's latents")
@@ -146,22 +152,42 @@ def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
             )
 
 
-def batch_plan(images: int, prompts: int, per_prompt: int) -> tuple[list[int], list[int]]:
+def each(name: str, value: Any, check: Callable[..., Any], *bounds: float) -> list[Any]:
+    """One value for all pictures, or a list with one for each, all checked."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError(f"{name}: the list is empty; expected one value for each picture")
+        return [check(f"{name}[{i}]", one, *bounds) for i, one in enumerate(value)]
+    return [check(name, value, *bounds)]
+
+
+def batch_plan(
+    images: int, prompts: int, per_prompt: int, settings: Mapping[str, Sequence[Any]]
+) -> tuple[list[int], list[int]]:
     """Which image and which prompt each picture of the batch gets.
 
     One image goes with all prompts, one prompt with all images, as many images as prompts pair up; each pair is drawn
-    `per_prompt` times, next to each other. As many images as pictures are taken as they are.
+    `per_prompt` times, next to each other. As many images as pictures are taken as they are. A setting may have a value
+    for each picture; a single picture is drawn once for each of them.
     """
     pictures = prompts * per_prompt
     of_prompt = [p for p in range(prompts) for _ in range(per_prompt)]
     if images == 1:
-        return [0] * pictures, of_prompt
-    if images == prompts:
-        return of_prompt, of_prompt
-    if images == pictures:
-        return list(range(images)), of_prompt
-    if prompts == 1:
-        return [i for i in range(images) for _ in range(per_prompt)], [0] * (images * per_prompt)
-    raise ValueError(
-        f"image and prompt: {images} images and {prompts} prompts; expected as many of both, or one of either"
-    )
+        plan = [0] * pictures, of_prompt
+    elif images == prompts:
+        plan = of_prompt, of_prompt
+    elif images == pictures:
+        plan = list(range(images)), of_prompt
+    elif prompts == 1:
+        plan = [i for i in range(images) for _ in range(per_prompt)], [0] * (images * per_prompt)
+    else:
+        raise ValueError(
+            f"image and prompt: {images} images and {prompts} prompts; expected as many of both, or one of either"
+        )
+    longest = max(map(len, settings.values()))
+    if len(plan[0]) == 1:
+        plan = plan[0] * longest, plan[1] * longest
+    for name, values in settings.items():
+        if len(values) not in (1, len(plan[0])):
+            raise ValueError(f"{name}: {len(values)} values for {len(plan[0])} pictures; expected one, or one for each")
+    return plan

@@ -41,6 +41,12 @@ Lora = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and printed if not given.")]
 Count = Annotated[int, typer.Option(help="Pictures to make, with the seeds SEED, SEED+1, …")]
+ExactSteps = Annotated[
+    bool, typer.Option("--exact-steps", help="Run all of --steps, whatever the strength, which is then continuous.")
+]
+Weighting = Annotated[
+    bool, typer.Option("--weighting", help="Read (word:1.2), [word] and BREAK in prompts, of any length.")
+]
 DType = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Size = Annotated[
@@ -67,14 +73,16 @@ def run(
     dtype: DType = "auto",
     device: Device = "auto",
     size: Size = "auto",
+    exact_steps: ExactSteps = False,
+    extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
+    weighting: Weighting = False,
     max_megapixels: MaxMegapixels = 100,
     debug: Debug = False,
 ) -> None:
     """Turn IMAGE into a picture of PROMPT."""
     if count < 1:
         raise ValueError(f"--count {count}; expected at least 1")
-    if output.suffix == "" or not output.absolute().parent.is_dir():
-        raise ValueError(f"-o {output}: expected a picture's name, such as out.png, in a folder that exists")
+    _check_output(output)
     settings = Settings(
         prompt,
         image=str(image),
@@ -87,6 +95,9 @@ def run(
         scheduler=scheduler,
         lora=[_with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
+        exact_steps=exact_steps,
+        extra_noise=extra_noise,
+        weighting=weighting,
     )
     guide = _open(image, max_megapixels)
     settings.image_hash = hash_file(image)
@@ -127,6 +138,58 @@ def again(
 
 
 @app.command()
+def sweep(
+    image: ImageArgument,
+    prompt: PromptArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The sheet; an animation if it ends in .gif or .webp.")
+    ],
+    strengths: Annotated[
+        str, typer.Option(help="Comma-separated, each from 0 to 1.")
+    ] = "0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
+    model: Model = "default",
+    steps: Steps = 30,
+    guidance: Guidance = 7.5,
+    negative: Negative = "",
+    scheduler: Scheduler = None,
+    seed: Seed = 0,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    size: Size = "auto",
+    exact_steps: ExactSteps = False,
+    weighting: Weighting = False,
+    max_megapixels: MaxMegapixels = 100,
+    debug: Debug = False,
+) -> None:
+    """Draw IMAGE at several strengths on one labelled sheet, with how far each is from it."""
+    _check_output(output)
+    try:
+        levels = [float(part) for part in strengths.split(",")]
+    except ValueError:
+        raise ValueError(f"--strengths {strengths}; expected numbers with commas between them") from None
+    chosen = None if dtype == "auto" else dtype
+    settings = Settings(prompt, model=model, scheduler=scheduler, dtype=chosen)
+    pipe, guide = _ready(settings, _open(image, max_megapixels), device, size)
+    import torch
+
+    swept = pipe.sweep(
+        guide,
+        prompt,
+        levels,
+        None if seed is None else torch.Generator().manual_seed(seed),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=negative or None,
+        exact_steps=exact_steps,
+        prompt_weighting=weighting,
+    )
+    swept.save(output)
+    for level, ran, distance in zip(swept.strengths, swept.steps, swept.distances, strict=True):
+        typer.echo(f"strength {level:g}: {ran} steps, L2 {distance:.1f}")
+    typer.echo(output)
+
+
+@app.command()
 def models(debug: Debug = False) -> None:
     """List the models at hand: the one in the package, and Stable Diffusion folders in the hub's cache."""
     from sdedit.loading.pretrained import DEFAULT_MODEL, cached_models
@@ -149,6 +212,11 @@ def _top(
         raise typer.Exit()
 
 
+def _check_output(output: Path) -> None:
+    if output.suffix == "" or not output.absolute().parent.is_dir():
+        raise ValueError(f"-o {output}: expected a picture's name, such as out.png, in a folder that exists")
+
+
 def _beside(picture: Path, name: str) -> Path:
     """A path as a picture's settings hold it: relative to the picture's folder."""
     return Path(os.path.normpath(picture.absolute().parent / name))
@@ -160,8 +228,8 @@ def _open(image: Path, max_megapixels: float) -> Image:
     return open_image(image, int(max_megapixels * 1e6))
 
 
-def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
-    """Draw `count` pictures and write them, each with its seed and settings."""
+def _ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any, Image]:
+    """The pipeline and the input image that settings ask for; what they left open is filled in."""
     from sdedit import __version__
     from sdedit.schedulers.names import SCHEDULERS, make_scheduler
 
@@ -178,12 +246,18 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
     settings.scheduler = settings.scheduler or "own"
     settings.sampler, settings.schedule_type = sampler_label(pipe.scheduler)
     settings.version = f"sdedit {__version__}"
+    return pipe, guide
+
+
+def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
+    """Draw `count` pictures and write them, each with its seed and settings."""
+    pipe, guide = _ready(settings, guide, device, size)
 
     import torch
 
     seeds = [settings.seed + i for i in range(count)]
     started = time.perf_counter()
-    pictures = pipe(
+    drawn = pipe(
         settings.prompt,
         guide,
         strength=settings.strength,
@@ -192,7 +266,10 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
         negative_prompt=settings.negative or None,
         num_images_per_prompt=count,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-    ).images
+        exact_steps=settings.exact_steps,
+        extra_noise=settings.extra_noise,
+        prompt_weighting=settings.weighting,
+    )
     seconds = time.perf_counter() - started
     image = Path(settings.image or "")
     settings.image = os.path.relpath(image, output.absolute().parent)
@@ -200,12 +277,13 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
         settings.model = os.path.relpath(settings.model, output.absolute().parent)
     at = output.absolute().parent
     settings.lora = [(os.path.relpath(name, at) if Path(name).exists() else name, w) for name, w in settings.lora]
-    for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+    for i, (picture, seed) in enumerate(zip(drawn.images, seeds, strict=True)):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}")
         settings.seed = seed
         save_picture(picture, path, settings)
         typer.echo(f"{path}  ({picture.width}×{picture.height}, seed {seed})")
-    _say(f"{settings.to_text().splitlines()[-1]}\n{pipe.num_timesteps} steps, {seconds:.1f} s")
+    _say(settings.to_text().splitlines()[-1])
+    _say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
 def _load(model: str, dtype: Any) -> Any:

@@ -61,9 +61,8 @@ class Configurable:
                 bound.apply_defaults()
                 values = {k: v for k, v in list(bound.arguments.items())[1:] if k != "kwargs"}
                 defaults = sorted(k for k in values if k not in given)
-                object.__setattr__(
-                    self, "config", Config({"_class_name": cls.__name__, **values, "_use_default_values": defaults})
-                )
+                head = {"_class_name": type(self).__name__}
+                object.__setattr__(self, "config", Config({**head, **values, "_use_default_values": defaults}))
             original(self, *args, **kwargs)
 
         cls.__init__ = init  # type: ignore[method-assign]
@@ -86,11 +85,8 @@ class Configurable:
         values = {k: v for k, v in config.items() if k in known and k not in left_at_default}
         values.update(overrides)
         made = cls(**{k: tuple(v) if isinstance(v, list) and k in cls._tuples() else v for k, v in values.items()})
-        others = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
-        made.register_to_config(**others)
-        # What was at its default stays so on its way through a class that does not know it.
-        at_default = {*made.config["_use_default_values"], *(left_at_default & set(others))}
-        object.__setattr__(made, "config", Config({**made.config, "_use_default_values": sorted(at_default)}))
+        skipped = known | left_at_default
+        made.register_to_config(**{k: v for k, v in config.items() if k not in skipped and not k.startswith("_")})
         return made
 
     @classmethod

@@ -33,6 +33,9 @@ _KEYS = {
     "model": "Model",
     "strength": "Denoising strength",
     "lora": "LoRA",
+    "extra_noise": "Extra noise",
+    "exact_steps": "Exact steps",
+    "weighting": "Prompt weighting",
     "image": "Init image",
     "image_hash": "Init image hash",
     "scheduler": "Scheduler",
@@ -69,6 +72,9 @@ class Settings:
     strength: float = 0.8
     lora: list[tuple[str, float]] = field(default_factory=list)
     dtype: str | None = None
+    extra_noise: float = 0.0
+    exact_steps: bool = False
+    weighting: bool = False
     version: str | None = None
 
     def to_text(self) -> str:
@@ -76,7 +82,7 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and value != []:
+            if value is not None and value is not False and value != [] and (name != "extra_noise" or value):
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
                 if name == "lora":  # as the web UI writes them in a prompt
                     written = " ".join(f"<lora:{path}:{_number(weight)}>" for path, weight in value)
@@ -128,6 +134,8 @@ def _read_value(name: str, key: str, value: str) -> Any:
         if name == "lora":
             return [(path, float(weight)) for path, weight in re.findall(r"<lora:(.+?):([^:<>]*)>", value)]
         kind = {f.name: str(f.type) for f in fields(Settings)}[name]
+        if kind == "bool":
+            return value == "True"
         return int(value) if kind == "int" else float(value) if kind == "float" else value
     except ValueError:
         raise ValueError(

@@ -34,4 +34,4 @@ def randn(
         torch.randn((1, *shape[1:]), generator=g, device="cpu" if g is None else g.device).to(device, dtype)
         for g in generators
     ]
-    return torch.cat(drawn)
+    return drawn[0] if count == 1 else torch.cat(drawn)

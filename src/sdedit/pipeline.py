@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdedit import checks, prompts
+from sdedit import checks, prompts, runs, weighting
 from sdedit.base import Pipeline
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.models.adapters import scaled
@@ -40,7 +37,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
     Attributes:
         max_pixels: Larger input images are refused; `None` for no limit.
-        num_timesteps: Steps that the last call ran.
+        num_timesteps: UNet calls of the running or last call.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -71,18 +68,18 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         checks.components(self.components)
         self.max_pixels: int | None = MAX_PIXELS
         self.num_timesteps = 0
-        self._guidance_scale = 0.0
+        self._guidance_scale: float | list[float] = 0.0
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         image: ImageInput | None = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
+        strength: float | Sequence[float] = 0.8,
+        num_inference_steps: int | Sequence[int] = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Sequence[float] = 7.5,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -97,6 +94,9 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         clip_skip: int | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = ["latents"],  # noqa: B006 (the ecosystem's default)
+        exact_steps: bool = False,
+        extra_noise: float = 0.0,
+        prompt_weighting: bool = False,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -105,10 +105,11 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             image: PIL, NumPy, tensor, latents, or a list of one kind, all of one size: see `read_images`.
             strength: How far from the image the picture may go, 0 to 1: of `num_inference_steps`, the last
                 `int(num_inference_steps * strength)` run, from latents noised to where they begin. 0 gives the image
-                through the VAE and back.
-            num_inference_steps: Steps of the whole schedule, at least 1.
+                through the VAE and back. One for all, or one for each picture.
+            num_inference_steps: Steps of the whole schedule, at least 1. One for all, or one for each picture.
             timesteps, sigmas: A schedule of one's own, falling, for schedulers that take one.
             guidance_scale: Weight of the prompt against the negative prompt (arXiv 2207.12598); 1 and less turn it off.
+                One for all, or one for each picture.
             negative_prompt: What to go away from; one for all, or a list as long as `prompt`.
             num_images_per_prompt: Pictures for each prompt.
             eta: 0 for deterministic DDIM, 1 for as much noise as DDPM (arXiv 2010.02502); DDIM only.
@@ -120,8 +121,13 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             cross_attention_kwargs: `{"scale": s}`, the strength of adapters.
             clip_skip: Leave out that many of the text encoder's last layers.
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; tensors that it
-                returns in a dict replace those of the loop.
+                returns in a dict replace those of the loop. Pictures with strengths or steps of their own come
+                in the order of falling number of steps, and timestep holds those of the pictures still under way.
             callback_on_step_end_tensor_inputs: Which tensors it gets.
+            exact_steps: Run all of `num_inference_steps`, squeezed into the times below `strength` of the schedule;
+                strength is then continuous (0.834 and 0.843 differ).
+            extra_noise: Add so much of the noise to the clean latents too, against blur at low strength (0 to 1).
+            prompt_weighting: Read prompts as AUTOMATIC1111's web UI does, `(word:1.2)`, of any length: see `weighting`.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -129,11 +135,12 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         Raises:
             ValueError, TypeError: An argument is not as described; the message names it.
         """
-        strength = checks.number("strength", strength, 0, 1)
-        num_inference_steps = checks.whole_number("num_inference_steps", num_inference_steps, 1)
+        strengths = checks.each("strength", strength, checks.number, 0, 1)
+        counts = checks.each("num_inference_steps", num_inference_steps, checks.whole_number, 1)
+        scales = checks.each("guidance_scale", guidance_scale, checks.number)
         num_images_per_prompt = checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        guidance_scale = checks.number("guidance_scale", guidance_scale)
         eta = checks.number("eta", eta, 0, 1)
+        extra_noise = checks.number("extra_noise", extra_noise, 0, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(
@@ -147,7 +154,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         # 1. Read the image and the prompt.
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
         height, width = images.pixels.shape[-2:]
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._interrupt = scales[0] if len(scales) == 1 else scales, False
         embeds, negative_embeds = self.encode_prompt(
             prompt,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -156,8 +163,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
+            prompt_weighting=prompt_weighting,
         )
-        of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt)
+        settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
+        of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt, settings)
         checks.generators(generator, len(of_image))
         embeds = embeds[of_prompt]
         negative_embeds = None if negative_embeds is None else negative_embeds[of_prompt]
@@ -166,26 +175,20 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         latents = self._encode(images, of_image, generator)
 
         # 3. Noise them to the level that strength asks for.
-        start = functools.partial(self._timesteps, num_inference_steps, strength, timesteps, sigmas)
-        steps = start()
-        if len(steps):
+        grid = {"timesteps": timesteps, "sigmas": sigmas}
+        starts = runs.starts(self.scheduler, len(latents), settings, grid, exact=exact_steps, device=self.device)
+        self.num_timesteps = max(len(start.timesteps) for start in starts)
+        if self.num_timesteps:
             noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
-            latents = self.scheduler.add_noise(latents, noise, steps[:1].repeat(len(latents)))
+            latents = runs.noised(starts, latents + extra_noise * noise if extra_noise else latents, noise)
 
-        # 4. Denoise.
-        if len(steps):
-            latents = self._denoise(
-                latents,
-                steps,
-                embeds,
-                negative_embeds,
-                self._unet_arguments(cross_attention_kwargs, len(latents)),
-                self._step_arguments(eta, generator),
-                (callback_on_step_end, wanted),
-                start,
-            )
+            # 4. Denoise.
+            run = runs.make(starts, len(latents), eta, generator)
+            arguments = {"cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
+            latents = self._denoise(run, latents, embeds, negative_embeds, arguments, (callback_on_step_end, wanted))
+        ran: dict[str, Any] = {"steps": [s.steps for s in starts], "start_sigmas": [s.sigma for s in starts]}
         if output_type == "latent":
-            return StableDiffusionPipelineOutput(latents) if return_dict else (latents, None)
+            return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
 
         # 5. Decode, and cut off what was padded.
         pixels = self._decode(latents)
@@ -197,7 +200,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         if not return_dict:
             return written, flags
         originals = write_images(pixels, output_type, alphas) if flags and any(flags) else None
-        return StableDiffusionPipelineOutput(written, flags, originals)
+        return StableDiffusionPipelineOutput(written, flags, originals, **ran)
 
     def encode_prompt(
         self,
@@ -210,6 +213,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         negative_prompt_embeds: Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        prompt_weighting: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode prompts, or pass on embeds that were made before.
 
@@ -219,6 +223,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             do_classifier_free_guidance: Without it there are no negative embeds.
             lora_scale: Strength of the text encoder's adapters.
             clip_skip: Leave out that many of the last layers (of the prompt; the negative one is read in full).
+            prompt_weighting: Read weights and prompts of any length, see `sdedit.weighting`.
 
         Returns:
             Prompt embeds and negative prompt embeds, (B·num_images_per_prompt, M, C) each.
@@ -228,47 +233,43 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             checks.either("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
         if clip_skip is not None:
             checks.whole_number("clip_skip", clip_skip, 0)
+        texts = [] if prompt is None else checks.prompts("prompt", prompt)
         negative = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        width = self.unet.config.cross_attention_dim
-        dtype, device = self.unet.dtype, device or self.device
+        width, dtype, device = self.unet.config.cross_attention_dim, self.unet.dtype, device or self.device
+
+        def encode(texts: list[str], clip_skip: int | None, length: int | None) -> Tensor:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative ones")
+            encoding = weighting.encode if prompt_weighting else prompts.encode_texts
+            parts = (self.tokenizer, self.text_encoder, texts, clip_skip, length)
+            with scaled(self.text_encoder, lora_scale):
+                return finite("text encoder", self.text_encoder, lambda dtype: encoding(*parts))
 
         if prompt_embeds is None:
-            prompt_embeds = self._encode_texts(checks.prompts("prompt", prompt), lora_scale, clip_skip)
+            # Prompt and negative prompt must have the same length; weighted ones may have any.
+            longest = weighting.length(self.tokenizer, [*texts, *negative]) if prompt_weighting else None
+            prompt_embeds = encode(texts, clip_skip, longest)
         prompt_embeds = checks.embeds("prompt_embeds", prompt_embeds, width).to(device, dtype)
-        count, length = prompt_embeds.shape[:2]
-
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0)
         if not do_classifier_free_guidance:
-            return prompt_embeds.repeat_interleave(num_images_per_prompt, 0), None
+            return prompt_embeds, None
+
+        count, length = len(prompt_embeds) // num_images_per_prompt, prompt_embeds.shape[1]
         if negative_prompt_embeds is None:
             if len(negative) not in (1, count):
                 raise ValueError(
                     f"negative_prompt: {len(negative)} of them for {count} prompts; expected one, or as many"
                 )
-            negative_prompt_embeds = self._encode_texts(negative, lora_scale, max_length=length)
-        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width).to(
-            device, dtype
-        )
+            negative_prompt_embeds = encode(negative, None, length)
+        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width)
         if len(negative_prompt_embeds) == 1:
             negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
-        if negative_prompt_embeds.shape != prompt_embeds.shape:
+        if negative_prompt_embeds.shape[:2] != (count, length):
             raise ValueError(
                 f"negative_prompt_embeds: {list(negative_prompt_embeds.shape)}; "
-                f"expected the shape of prompt_embeds, {list(prompt_embeds.shape)}"
+                f"expected the shape of prompt_embeds, {[count, length, width]}"
             )
-        return (
-            prompt_embeds.repeat_interleave(num_images_per_prompt, 0),
-            negative_prompt_embeds.repeat_interleave(num_images_per_prompt, 0),
-        )
-
-    def _encode_texts(
-        self, texts: list[str], lora_scale: float | None, clip_skip: int | None = None, max_length: int | None = None
-    ) -> Tensor:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative_prompt_embeds")
-        ids = prompts.tokenize(self.tokenizer, texts, max_length)
-        encoder = self.text_encoder
-        with scaled(encoder, lora_scale):
-            return finite("text encoder", encoder, lambda dtype: prompts.encode(encoder, ids, clip_skip))
+        return prompt_embeds, negative_prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
@@ -293,94 +294,86 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
         return finite("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
 
-    def _timesteps(
-        self, num_inference_steps: int, strength: float, timesteps: Any = None, sigmas: Any = None
-    ) -> Tensor:
-        """The timesteps that `strength` leaves of the schedule, from the noisiest on."""
-        own = {"timesteps": timesteps} if timesteps is not None else {"sigmas": sigmas} if sigmas is not None else None
-        if own is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        else:
-            self.scheduler.set_timesteps(device=self.device, **own)
-            num_inference_steps = len(self.scheduler.timesteps)
-        start = num_inference_steps - int(num_inference_steps * strength)
-        first = start * getattr(self.scheduler, "order", 1)
-        steps: Tensor = self.scheduler.timesteps[first:]
-        if len(steps) and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        self.num_timesteps = len(steps)
-        if strength > 0 and not len(steps):
-            warnings.warn(
-                f"strength={strength:g} of {num_inference_steps} steps leaves none to run: "
-                "the picture is the image through the VAE; more steps or strength change it",
-                stacklevel=3,
-            )
-        return steps
-
-    def _unet_arguments(self, cross_attention_kwargs: dict[str, Any] | None, batch: int) -> dict[str, Any]:
-        """What every call of the UNet gets beside latents, time and text."""
-        dim = self.unet.config.time_cond_proj_dim
-        condition = None if dim is None else prompts.guidance_scale_embedding(self.guidance_scale, dim, batch)
-        return {"timestep_cond": condition, "cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
-
-    def _step_arguments(self, eta: float, generator: Generator) -> dict[str, Any]:
-        """What this scheduler's `step` takes of `eta` and `generator`."""
-        taken = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in taken}
-
     def _denoise(
         self,
+        run: runs.Run,
         latents: Tensor,
-        steps: Tensor,
         embeds: Tensor,
         negative_embeds: Tensor | None,
         unet_arguments: dict[str, Any],
-        step_arguments: dict[str, Any],
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
-        restart: Callable[[], Tensor],
     ) -> Tensor:
-        """Noisy latents to clean ones, one UNet call a timestep; `restart` readies the scheduler for a second run."""
+        """Noisy latents to clean ones, one UNet call a step; once more in float32 if half precision overflows."""
+        # Pictures with most steps come first, so that those that still have some are a slice of the batch.
+        order = run.order_of_pictures
+        embeds, negative_embeds = embeds[order], None if negative_embeds is None else negative_embeds[order]
         # Callbacks know prompt embeds as the UNet's batch: the negative half first.
         both = embeds if negative_embeds is None else torch.cat([negative_embeds, embeds])
-        tensors = {"latents": latents, "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
-        own, scale = self.unet.dtype, self._guidance_scale  # a callback may change the scale
+        tensors = {"latents": latents[order], "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
+        scale, own = self._guidance_scale, self.unet.dtype
+        scale = [scale[i] for i in order] if isinstance(scale, list) else scale
 
-        def run(dtype: torch.dtype) -> Tensor:
-            self._guidance_scale = scale
+        def denoise(dtype: torch.dtype) -> Tensor:
+            self._guidance_scale = scale  # a callback may have changed it
+            if dtype != own:
+                run.restart()
             cast = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
-            condition = unet_arguments["timestep_cond"]
-            extra = {**unet_arguments, "timestep_cond": None if condition is None else condition.to(cast["latents"])}
-            return self._loop(steps if dtype == own else restart(), cast, extra, step_arguments, callback)
+            return self._loop(run, cast, unet_arguments, callback)
 
-        return finite("UNet", self.unet, run, step_arguments.get("generator"))
+        denoised = finite("UNet", self.unet, denoise, run.generator)
+        return denoised[torch.tensor(order).argsort()]
 
     def _loop(
         self,
-        steps: Tensor,
+        run: runs.Run,
         tensors: dict[str, Any],
         unet_arguments: dict[str, Any],
-        step_arguments: dict[str, Any],
         callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
     ) -> Tensor:
         on_step_end, wanted = callback
-        order = getattr(self.scheduler, "order", 1)
-        with self._progress(-(-len(steps) // order)) as bar:
-            for i, t in enumerate(steps):
+        condition = self._guidance_embedding(tensors["latents"])
+        with self._progress(-(-len(run) // run.order)) as bar:
+            for i in range(len(run)):
                 if self._interrupt:
                     break
-                latents, guided = tensors["latents"], self.do_classifier_free_guidance
-                sample = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                prediction = self.unet(sample, t, tensors["prompt_embeds"], **unet_arguments)[0]
+                # Pictures with steps of their own may have none left; those that have some come first.
+                count, latents = run.active(i), tensors["latents"]
+                sample, t = run.model_input(i, latents[:count])
+                embeds = _first(tensors["prompt_embeds"], count, len(latents))
+                guided = self.do_classifier_free_guidance
+                if guided:
+                    sample, t = torch.cat([sample] * 2), torch.cat([t] * 2) if t.ndim else t
+                prediction = self.unet(sample, t, embeds, timestep_cond=_first(condition, count), **unet_arguments)[0]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
-                    prediction = without + self.guidance_scale * (with_prompt - without)
-                tensors["latents"] = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
+                    prediction = without + self._guidance_weight(without) * (with_prompt - without)
+                stepped = run.step(i, prediction, latents[:count])
+                tensors["latents"] = stepped if count == len(latents) else torch.cat([stepped, latents[count:]])
                 if on_step_end is not None:
                     seen = {name: tensors[name] for name in wanted}
                     tensors.update(checks.callback_result(on_step_end(self, i, t, seen)))
-                if (i + 1) % order == 0 or i + 1 == len(steps):
+                if (i + 1) % run.order == 0 or i + 1 == len(run):
                     bar.update()
-        return tensors["latents"]
+        latents = tensors["latents"]
+        return latents
+
+    def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
+        """What a model distilled with guidance is told of it, (B, C)."""
+        dim = self.unet.config.time_cond_proj_dim
+        if dim is None:
+            return None
+        return prompts.guidance_scale_embedding(self._scales(len(latents)), dim).to(latents)
+
+    def _guidance_weight(self, like: Tensor) -> float | Tensor:
+        """The guidance scale, or those of the pictures (B, 1, 1, 1); 1 where a picture asks for none."""
+        if not isinstance(self._guidance_scale, list):
+            return self._guidance_scale
+        weights = [max(scale, 1.0) for scale in self._scales(len(like))]
+        return torch.tensor(weights, dtype=like.dtype).to(like.device).view(-1, 1, 1, 1)
+
+    def _scales(self, count: int) -> list[float]:
+        scale = self._guidance_scale
+        return scale[:count] if isinstance(scale, list) else [scale] * count
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -393,11 +386,19 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         return (finite("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
 
     @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the running or last call."""
+    def guidance_scale(self) -> float | list[float]:
+        """Guidance scale of the running or last call, or those of its pictures."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Is the UNet called with and without the prompt?"""
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        scale = self._guidance_scale
+        return (max(scale) if isinstance(scale, list) else scale) > 1 and self.unet.config.time_cond_proj_dim is None
+
+
+def _first(batch: Tensor | None, count: int, whole: int | None = None) -> Any:
+    """The first pictures of a batch (B, …), of each of its halves if it holds two of `whole` pictures."""
+    if batch is None or count == (whole or len(batch)):
+        return batch
+    return batch[:count] if whole is None else batch.unflatten(0, (-1, whole))[:, :count].flatten(0, 1)

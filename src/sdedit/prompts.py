@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> Tensor:
-    """Token ids (B, max_length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
-    length = max_length or tokenizer.model_max_length
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """Token ids (B, length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
     ids: Tensor = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    for prompt, whole in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+    for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(whole) > length:
             lost = tokenizer.decode(whole[length - 1 : -1])
             warnings.warn(
@@ -45,9 +44,18 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     return norm(hidden)  # type: ignore[no-any-return]
 
 
-def guidance_scale_embedding(scale: float, dim: int, batch: int) -> Tensor:
-    """Sinusoids of the guidance scale, (batch, dim), for models distilled with it (LCM, arXiv 2310.04378)."""
+def encode_texts(
+    tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
+) -> Tensor:
+    """Prompt embeds (B, M, C) of texts; M is `length`, or as many tokens as the model reads."""
+    # A tokenizer without settings says that there is no limit.
+    length = length or min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    return encode(text_encoder, tokenize(tokenizer, texts, length), clip_skip)
+
+
+def guidance_scale_embedding(scales: Sequence[float], dim: int) -> Tensor:
+    """Sinusoids of the guidance scales, (B, dim), for models distilled with them (LCM, arXiv 2310.04378)."""
     from sdedit.models.layers import timestep_embedding
 
-    scales = torch.full((batch,), (scale - 1) * 1000.0)
-    return timestep_embedding(scales, dim, flip_sin_to_cos=False, freq_shift=1)
+    times = torch.tensor([(scale - 1) * 1000.0 for scale in scales])
+    return timestep_embedding(times, dim, flip_sin_to_cos=False, freq_shift=1)

@@ -81,30 +81,39 @@ def chunks(tokenizer: Any, prompt: str) -> list[Chunk]:
     return made
 
 
+def length(tokenizer: Any, texts: Sequence[str]) -> int:
+    """Tokens of the prompt embeds that the longest of these prompts needs, chunk by chunk."""
+    return int(max(len(chunks(tokenizer, text)) for text in texts) * tokenizer.model_max_length)
+
+
 def encode(
-    tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, at_least: int = 1
+    tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
 ) -> Tensor:
-    """Prompt embeds (B, chunks·M, C) of weighted prompts; shorter prompts are filled up with empty chunks.
+    """Prompt embeds (B, M, C) of weighted prompts; shorter prompts are filled up with empty chunks.
 
     Each token's hidden state is multiplied by its weight, and each chunk scaled back to the size (root mean square)
     that it had. The web UI scales back to the mean, which for some text encoders is zero but for rounding.
 
     Args:
-        at_least: Fill up to that many chunks.
+        length: M, a multiple of the tokenizer's length; as the longest prompt needs if not given.
     """
-    length = tokenizer.model_max_length
+    room = tokenizer.model_max_length
     cut = [chunks(tokenizer, text) for text in texts]
-    count = max(at_least, *map(len, cut))
+    needed = max(map(len, cut)) * room
+    length = length or needed
+    if length % room or needed > length:
+        raise ValueError(f"prompt: its chunks need {needed} tokens, and the embeds beside it have {length}")
+    count = length // room
     ids, weights = [], []
     for one in cut:
         for tokens, its_weights in [*one, *[([], [])] * (count - len(one))]:
-            padding = [tokenizer.pad_token_id] * (length - 2 - len(tokens))
+            padding = [tokenizer.pad_token_id] * (room - 2 - len(tokens))
             ids.append([tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *padding])
-            weights.append([1.0, *its_weights, *[1.0] * (length - 1 - len(its_weights))])
+            weights.append([1.0, *its_weights, *[1.0] * (room - 1 - len(its_weights))])
     hidden = prompts.encode(text_encoder, torch.tensor(ids), clip_skip)
     weighed = hidden * torch.tensor(weights).to(hidden)[..., None]
     size, grown = (h.float().square().mean((1, 2), keepdim=True).sqrt() for h in (hidden, weighed))
     weighed = (weighed * (size / grown.clamp(min=1e-12))).to(hidden.dtype)
     # A chunk without weights keeps its states to the last bit.
     plain = torch.tensor([all(w == 1 for w in row) for row in weights], device=hidden.device)[:, None, None]
-    return torch.where(plain, hidden, weighed).reshape(len(texts), count * length, -1)
+    return torch.where(plain, hidden, weighed).reshape(len(texts), length, -1)

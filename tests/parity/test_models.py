@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, UNET, VAE, needs_shared
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker as TheirChecker
 from transformers import CLIPConfig
 
+from conftest import SHARED, UNET, VAE, needs_shared
 from sdedit import AutoencoderKL, AutoencoderTiny, StableDiffusionSafetyChecker, UNet2DConditionModel
+from sdedit.models.attention import attention
+from sdedit.safety import check_safety
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {},
@@ -31,7 +34,12 @@ UNETS: dict[str, dict[str, Any]] = {
     ),
     "centred": dict(center_input_sample=True),
     "odd settings": dict(
-        freq_shift=1, flip_sin_to_cos=False, norm_eps=1e-3, act_fn="gelu", mid_block_scale_factor=1.5, downsample_padding=1
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        norm_eps=1e-3,
+        act_fn="gelu",
+        mid_block_scale_factor=1.5,
+        downsample_padding=1,
     ),
     "attention everywhere, three levels": dict(
         block_out_channels=(16, 32, 32),
@@ -176,7 +184,9 @@ def test_tiny_vae(config: dict[str, Any]) -> None:
     torch.testing.assert_close(ours(pixels).sample, theirs(pixels).sample, atol=0.05, rtol=0.05)  # 8-bit in between
 
 
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+)
 
 
 def clip_config() -> CLIPConfig:
@@ -204,6 +214,26 @@ def test_safety_checkers_flag_the_same_pictures() -> None:
     # The special concepts matter: without them fewer are flagged.
     ours.special_care_embeds_weights.fill_(2)
     assert sum(ours.flag(seen)) < sum(flags)
+
+
+def test_originals_are_kept_from_a_checker_that_blackens_in_place() -> None:
+    """As diffusers' own does."""
+    theirs = TheirChecker(clip_config()).eval()
+    torch.nn.init.constant_(theirs.concept_embeds_weights, -2)
+    pixels = torch.rand(2, 3, 8, 8) + 0.1
+    before = pixels.clone()
+    seen = SimpleNamespace(pixel_values=torch.randn(2, 3, 32, 32))
+    with pytest.warns(UserWarning, match="flagged 2 of 2"):
+        checked, flags = check_safety(pixels, theirs, lambda pictures, return_tensors: seen)
+    assert flags == [True, True] and not checked.any() and torch.equal(pixels, before)
+
+
+def test_upcast_attention_computes_in_float32() -> None:
+    q, k, v = (4 * torch.randn(3, 2, 16, 32, generator=torch.Generator().manual_seed(0))).bfloat16()
+    exact = attention(q.float(), k.float(), v.float(), 4)
+    upcast = attention(q, k, v, 4, upcast=True)
+    assert upcast.dtype == torch.bfloat16 and torch.equal(upcast, exact.bfloat16())
+    assert not torch.equal(attention(q, k, v, 4), upcast)
 
 
 def test_configs_of_other_models_are_refused() -> None:

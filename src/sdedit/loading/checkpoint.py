@@ -34,17 +34,24 @@ def choose_weights(
         The name, or `None` if there is none.
     """
     suffixes = {True: ["safetensors"], False: ["bin"], None: ["safetensors", "bin"]}[use_safetensors]
-    mark = f".{variant}" if variant else ""
     for suffix in suffixes:
         for stem in stems:
-            for name in (
-                f"{stem}{mark}.{suffix}",
-                f"{stem}.{suffix}.index{mark}.json",
-                f"{stem}.{suffix}{mark}.index.json",
-            ):
+            for name in _layouts(stem, suffix, variant):
                 if name in names:
                     return name
     return None
+
+
+def _layouts(stem: str, suffix: str, variant: str | None) -> tuple[str, str, str]:
+    """Names of weights in one file, and of the two forms of an index of shards."""
+    mark = f".{variant}" if variant else ""
+    return f"{stem}{mark}.{suffix}", f"{stem}.{suffix}.index{mark}.json", f"{stem}.{suffix}{mark}.index.json"
+
+
+def forget_shards(path: Path, variant: str | None = None) -> None:
+    """Remove the index of shards that `path`, weights in one file, has replaced: some readers look for it first."""
+    for index in _layouts(path.name.split(".")[0], path.suffix[1:], variant)[1:]:
+        path.with_name(index).unlink(missing_ok=True)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -88,7 +95,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         plain = str(error) and "weights_only" not in str(error)
-        reason = str(error).split("\n")[0] if plain else type(error).__name__
+        reason = str(error).split("\n")[0][:200] if plain else type(error).__name__
         if code:
             reason = f"it names {code[1]}, which is code, and code is not run"
         raise ValueError(
@@ -168,6 +175,7 @@ def save_weights(
     path = Path(folder) / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
     with write_atomically(path) as temporary:
         save_file({name: t.detach().contiguous() for name, t in state.items()}, temporary, metadata={"format": "pt"})
+    forget_shards(path, variant)
     return path
 
 

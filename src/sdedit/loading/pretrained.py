@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +16,7 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
-from sdedit.loading.checkpoint import choose_weights, clip_name, fill, vae_name, weight_files
+from sdedit.loading.checkpoint import choose_weights, clip_name, fill, forget_shards, vae_name, weight_files
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -47,7 +49,6 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # Settings and vocabularies: everything but the weights.
 _SMALL_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")
 
-
 _HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
 
 
@@ -79,21 +80,42 @@ def find_folder(
     text = str(path_or_id)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
         raise FileNotFoundError(f"{text} is no folder here, nor a model id such as 'owner/name'")
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    patterns = None  # offline: whatever the cache holds
+    cached = _cached_folder(text, components, hub)
+    if hub.get("local_files_only") or HF_HUB_OFFLINE:
+        if cached is None:
+            raise FileNotFoundError(f"{text} is no folder here, nor in the hub's cache, and downloading is turned off")
+        return cached
     try:
-        if not (hub.get("local_files_only") or HF_HUB_OFFLINE):
-            names = list_repo_files(text, revision=hub.get("revision"), token=hub.get("token"))
-            patterns = [*_SMALL_FILES, *_wanted_weights(names, components, variant, use_safetensors)]
+        # Not list_repo_files, which tries for half a minute where there is no network.
+        info = model_info(text, revision=hub.get("revision"), token=hub.get("token"), timeout=10)
+        names = [file.rfilename for file in info.siblings or ()]
+        cached = None  # the hub answers: nothing old in place of what it has
+        patterns = [*_SMALL_FILES, *_wanted_weights(names, components, variant, use_safetensors)]
         return Path(snapshot_download(text, allow_patterns=patterns, **hub))
     except Exception as error:
         # Its errors have many classes in many libraries; the model's absence is all that they can mean here.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if cached is not None and not hub.get("force_download"):
+            warnings.warn(f"{text}: taken from the cache, for the hub does not answer ({reason})", stacklevel=5)
+            return cached
         raise FileNotFoundError(
-            f"{text} is no folder here, and could not be had from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): check the name and the network, or give a folder"
+            f"{text} is no folder here, and could not be had from the hub ({reason}): "
+            "check the name and the network, or give a folder"
         ) from error
+
+
+def _cached_folder(model_id: str, components: Iterable[str] | None, hub: Mapping[str, Any]) -> Path | None:
+    """The folder of a model in the hub's cache, which may hold only some of its files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", *(f"{part}/config.json".lstrip("/") for part in components or ())):
+        found = try_to_load_from_cache(model_id, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def _wanted_weights(
@@ -142,6 +164,7 @@ def load_model(
     **hub: Any,
 ) -> M:
     """Load one of our networks; see `Model.from_pretrained`."""
+    _check_choices(torch_dtype, use_safetensors)
     root = find_folder(
         path_or_id,
         components=[subfolder or ""],
@@ -152,10 +175,26 @@ def load_model(
     folder = root / subfolder if subfolder else root
     config = read_json(folder / cls.config_name)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"):
+    with torch.device("meta"), _explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
+
+
+def _check_choices(torch_dtype: Any, use_safetensors: Any) -> None:
+    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise ValueError(f"torch_dtype={torch_dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16")
+    if use_safetensors not in (None, True, False):
+        raise ValueError(f"use_safetensors={use_safetensors!r}; expected True, False or None")
+
+
+@contextlib.contextmanager
+def _explained(config: Path, cls: Any) -> Iterator[None]:
+    """Errors that a config causes inside a constructor, of whatever class, get the file's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{config} describes no {cls.__name__} that can be made: {error}") from error
 
 
 def load_transformers_model(
@@ -163,10 +202,9 @@ def load_transformers_model(
 ) -> Any:
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
     read_json(folder / "config.json")
-    config = cls.config_class.from_pretrained(folder)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"):
-        model = cls(config)
+    with torch.device("meta"), _explained(folder / "config.json", cls):
+        model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
     return model.eval()
 
@@ -194,7 +232,10 @@ def load_component(
         if class_name not in schedulers.__all__:
             known = ", ".join(n for n in schedulers.__all__ if n.endswith("Scheduler"))
             raise ValueError(f"scheduler: {class_name} is not known; expected one of {known}")
-        return getattr(schedulers, class_name).from_config(folder / "scheduler_config.json")
+        cls = getattr(schedulers, class_name)
+        config = read_json(folder / cls.config_name)
+        with _explained(folder / cls.config_name, cls):
+            return cls.from_config(config)
     if class_name in _MODELS:
         cls = getattr(importlib.import_module(_MODELS[class_name]), class_name)
         if name in ("unet", "vae"):
@@ -225,11 +266,16 @@ def _load_processor(cls: Any, folder: Path) -> Any:
         read_json(file)
     for file in sorted(folder.glob("*.txt")):
         refuse_lfs_pointer(file)
+    there = ", ".join(sorted(p.name for p in folder.iterdir()))
+    vocabularies = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # without one, transformers makes an empty one
+    if "Tokenizer" in cls.__name__ and not any(all((folder / f).is_file() for f in v) for v in vocabularies):
+        raise FileNotFoundError(
+            f"{folder} has no vocabulary (tokenizer.json, or vocab.json and merges.txt), but {there}"
+        )
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # Missing and damaged vocabularies end in many classes of error inside its Rust half.
-        there = ", ".join(sorted(p.name for p in folder.iterdir()))
         raise ValueError(f"{folder} is not a {cls.__name__} ({error}); it has {there}: download it again") from error
 
 
@@ -247,10 +293,11 @@ def load_components(
         given: Components that are not to be loaded, and arguments for the hub.
     """
     parts = {name: given.pop(name) for name in (*COMPONENTS, "requires_safety_checker") if name in given}
-    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
-        raise ValueError(f"torch_dtype={torch_dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16")
+    _check_choices(torch_dtype, use_safetensors)
     hub = dict(variant=variant, use_safetensors=use_safetensors, **given)
-    folder = find_folder(path_or_id or DEFAULT_MODEL, components=set(COMPONENTS) - set(parts), **hub)
+    folder = find_folder(
+        DEFAULT_MODEL if path_or_id is None else path_or_id, components=set(COMPONENTS) - set(parts), **hub
+    )
     index = read_json(folder / "model_index.json")
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
     for name, entry in listed.items():
@@ -278,6 +325,9 @@ def load_components(
         raise ValueError(f"{folder / 'model_index.json'} lists no {' and no '.join(missing)}: pass {missing[0]}=…")
     for name in ("text_encoder", "tokenizer"):
         parts.setdefault(name, None)
+    words, known = len(parts["tokenizer"] or ()), getattr(parts["text_encoder"], "config", None)
+    if known is not None and words > known.vocab_size:
+        raise ValueError(f"{folder / 'tokenizer'} has {words} tokens; the text encoder knows {known.vocab_size}")
     parts.setdefault("requires_safety_checker", index.get("requires_safety_checker", True))
     return parts
 
@@ -320,6 +370,8 @@ def save_components(
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
+            if target.suffix == ".safetensors":
+                forget_shards(target, variant)
 
 
 def cached_models() -> list[tuple[str, Path]]:

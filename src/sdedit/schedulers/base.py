@@ -94,10 +94,10 @@ class Scheduler(Configurable):
     timesteps: Tensor
     sigmas: Tensor
     num_inference_steps: int | None
+    threshold: tuple[float, float] | None  # (ratio, bound) of dynamic thresholding, if it is on
 
     def _start(self, **allowed: tuple[Any, ...]) -> None:
         """Check the recorded config and build the noise schedule; what every `__init__` does."""
-        self.register_to_config(_class_name=type(self).__name__)
         c, self._own = self.config, frozenset(inspect.signature(type(self).__init__).parameters) - {"self"}
         for name, values in (_ALLOWED | {"prediction_type": self.predictions} | allowed).items():
             if name in self._own:
@@ -121,8 +121,8 @@ class Scheduler(Configurable):
         self.alphas_cumprod = torch.from_numpy(bar.astype(np.float32))
         self._levels = torch.from_numpy(np.stack([np.sqrt(bar), np.sqrt(1 - bar)]))  # (2, T): α, σ
         own = {k: c[k] for k in self._own} if self.bounded else {}
-        self._threshold = (c.dynamic_thresholding_ratio, c.sample_max_value) if own.get("thresholding") else None
-        self._clip = c.clip_sample_range if own.get("clip_sample") and not self._threshold else math.inf
+        self.threshold = (c.dynamic_thresholding_ratio, c.sample_max_value) if own.get("thresholding") else None
+        self._clip = c.clip_sample_range if own.get("clip_sample") and not self.threshold else math.inf
         self._set_grid(s.Grid(np.arange(count)[::-1], np.append(self._schedule.sigmas[::-1], 0.0)), None, None)
 
     def _sigma_spacing(self) -> str | None:
@@ -252,7 +252,9 @@ class Scheduler(Configurable):
             mids = [] if grid.mids is None else grid.mids.tolist()
             run = s.Run(self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids)
             solved = [type(self).solver(run, i, **options) for i in range(first, len(run.times))]
-            self._solved[key] = row_functions.finish(solved, clip=self._clip, threshold=self._threshold is not None)
+            self._solved[key] = row_functions.finish(
+                solved, clip=self._clip, threshold=self.threshold is not None, keep_m=self.m_field is not None
+            )
         return self._solved[key]
 
     def step(
@@ -300,14 +302,15 @@ class Scheduler(Configurable):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         output, said = self._parted(model_output, sample)
         if row.draw and noise is None:
-            noise = self._noise(sample, generator, index, said)
+            noise = self.draw_noise(sample, generator, index, said)
         x, x0, m, self._memory = row_functions.step(
             row,
             sample.to(dtype),
             output.to(dtype),
             self._memory,
             None if noise is None else noise.to(sample.device, dtype),
-            threshold=self._threshold,
+            threshold=self.threshold,
+            want_x0=self.x0_field is not None,
             xp=torch,
         )
         self._index = index + 1
@@ -323,8 +326,8 @@ class Scheduler(Configurable):
             return prediction, said
         return output, None
 
-    def _noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None) -> Tensor:
-        """Noise of a row; `said` is what the UNet says of its variance."""
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
         return randn(sample.shape, generator, device=sample.device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdedit.noise import Generator
 from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput
 from sdedit.schedulers.rows import Row
-from sdedit.schedulers.schedule import Array, Grid
+from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import exploding as solvers
 
 
@@ -31,7 +31,10 @@ class ExplodingScheduler(Scheduler):
         self, steps: int, timesteps: Sequence[float] | None = None, num_train_timesteps: int | None = None
     ) -> tuple[Array, Array]:
         """Times, given or spaced, and their levels; or levels that the config spaces between the ends of those."""
-        times = self._spaced(steps, num_train_timesteps) if timesteps is None else np.asarray(timesteps)
+        if timesteps is None:
+            times = self._spaced(steps, num_train_timesteps)
+        else:
+            times = descending("timesteps", timesteps, len(self))
         times = times.astype(self.times_dtype)
         sigmas = self._schedule.sigma_at(times)
         return self._respaced(sigmas[0], sigmas[-1], steps) if self._spacing else (times, sigmas)
@@ -60,7 +63,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, steps: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, **_: Any
     ) -> Grid:
         if sigmas is not None:
-            return Grid(self._schedule.time_of(np.asarray(sigmas[:-1], np.float32)), np.asarray(sigmas))
+            levels = descending("sigmas", sigmas, 2**16).astype(np.float32)
+            return Grid(self._schedule.time_of(levels[:-1]), levels)
         times, levels = self._levels_at(steps, timesteps)
         if self.config.interpolation_type == "log_linear" and not self._spacing:
             # One level more than times, as published: no step reaches the last one.
@@ -197,7 +201,8 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 class DPMSolverSDEScheduler(TwoStageScheduler):
     """DPM-Solver++ SDE of second order (arXiv 2211.01095, as in k-diffusion), on one Brownian path; needs torchsde.
 
-    The path depends on `noise_sampler_seed` alone (one, or one for each sample), so more steps refine one image.
+    The path depends on a seed alone, so more steps refine one image: `noise_sampler_seed` (one, or one for each
+    sample), or else one that `step` draws from its generator for each sample.
     """
 
     times_dtype = np.float64
@@ -223,48 +228,55 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         super()._set_grid(grid, steps, device)
         self._path: BrownianPath | None = None
 
-    def _noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None) -> Tensor:
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+        """Increment of the path over the row of `timesteps[index]`, (B, C, H, W), with variance 1."""
         if self._path is None:
-            wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-            self._path = BrownianPath(wide, self.sigmas, self.config.noise_sampler_seed)
-        second = (index - self._first) % 2
+            self._path = BrownianPath(sample.shape, self.sigmas, self._seed(len(sample), generator))
+        second = (index - (self._first if self._begin is None else self._begin)) % 2
         # The path is rough: levels that differ in the last bit give other noise. So it is asked for at levels that
         # went through float32 logarithms and back, as it always was.
         log = self.sigmas[index - second : index - second + 2].log().neg()
         end = log[1] if second else log[0] + (log[1] - log[0]) * 0.5
-        return self._path(log[0].neg().exp(), end.neg().exp())
+        return self._path(log[0].neg().exp(), end.neg().exp()).to(sample.device)
+
+    def _seed(self, count: int, generator: Generator) -> int | Sequence[int]:
+        if self.config.noise_sampler_seed is not None:
+            return self.config.noise_sampler_seed  # type: ignore[no-any-return]
+        each = generator if isinstance(generator, Sequence) else [generator] * count
+        return [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in each]
 
     def step(  # type: ignore[override]
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
-        s_noise: float = 1.0,
+        s_noise: float = 1.0, generator: Generator = None,
     ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with `s_noise`, the scale of the noise."""
-        return self._advance(model_output, timestep, sample, return_dict, noise_scale=float(s_noise))
+        """`Scheduler.noisy_step`, with `s_noise`, the scale of the noise."""
+        return self._advance(model_output, timestep, sample, return_dict, generator, noise_scale=float(s_noise))
 
 
 class BrownianPath:
-    """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree.
+    """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree, on the CPU.
 
     Args:
-        sample: (B, C, H, W); the noise has its shape, dtype and device.
+        shape: Of the noise, (B, C, H, W).
         sigmas: The levels.
         seed: One, or one for each sample.
     """
 
-    def __init__(self, sample: Tensor, sigmas: Tensor, seed: int | Sequence[int] | None) -> None:
+    def __init__(self, shape: Sequence[int], sigmas: Tensor, seed: int | Sequence[int]) -> None:
         try:
             import torchsde  # type: ignore[import-untyped]
         except ImportError:
             raise ImportError("DPMSolverSDEScheduler needs torchsde for its noise: pip install torchsde") from None
-        seeds = [int(torch.randint(0, 2**63 - 1, ()))] if seed is None else seed
-        self._one = isinstance(seeds, int) or seed is None
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not self._one and len(seeds) != len(sample):
-            raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {len(sample)} samples")
-        shape = tuple(sample.shape if self._one else sample.shape[1:])
+        self._one = isinstance(seed, int)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        if not self._one and len(seeds) != shape[0]:
+            raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {shape[0]} samples")
+        # torchsde rounds the ends of the path to its tolerance, and warns of what is asked for beyond them.
+        self._ends = round(float(sigmas[sigmas > 0].min()), 6), round(float(sigmas.max()), 6)
+        size = tuple(shape) if self._one else tuple(shape[1:])
         self._paths = [
             torchsde.BrownianInterval(
-                t0=sigmas[sigmas > 0].min(), t1=sigmas.max(), size=shape, dtype=sample.dtype, device=sample.device,
+                t0=self._ends[0], t1=self._ends[1], size=size, dtype=torch.float32, device="cpu",
                 entropy=one, tol=1e-6, pool_size=24, halfway_tree=True,
             )
             for one in seeds
@@ -272,5 +284,6 @@ class BrownianPath:
 
     def __call__(self, start: Tensor, end: Tensor) -> Tensor:
         """Standard normal noise (B, C, H, W) of a step down from s = `start` to `end`, scalars on the CPU."""
-        drawn = [-path(end, start) / (start - end).sqrt() for path in self._paths]
+        low, high = max(float(end), self._ends[0]), min(float(start), self._ends[1])
+        drawn = [-path(low, high) / (start - end).sqrt() for path in self._paths]
         return drawn[0] if self._one else torch.stack(drawn)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdedit.noise import Generator
 from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput
-from sdedit.schedulers.schedule import Array, Grid, check
+from sdedit.schedulers.schedule import Array, Grid, check, descending
 from sdedit.schedulers.solvers import log_snr as solvers
 
 # Options whose names these classes share and whose values they do not: what a class takes for each value, so that the
@@ -20,7 +20,8 @@ _DPM_FORMS = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1
 _UNIPC_FORMS = {"bh1": "bh1", "bh2": "bh2", "midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}
 _DEIS_FORMS = dict.fromkeys(_DPM_FORMS, "logrho")
 _DEIS_ALGORITHMS = dict.fromkeys(("deis", "dpmsolver", "dpmsolver++"), "deis")
-_VARIANCES = (None, "learned", "learned_range")
+_FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")  # DDPM's, which mean nothing here
+_VARIANCES = (None, "learned", "learned_range", *_FIXED)
 _ORDERS = (1, 2, 3)
 
 
@@ -48,7 +49,7 @@ class LogSNRScheduler(Scheduler):
             )
 
     def _visit(self, steps: int, timesteps: Sequence[int] | None = None, **layout: Any) -> Grid:
-        times = self._laid(steps) if timesteps is None else np.asarray(timesteps)
+        times = self._laid(steps) if timesteps is None else descending("timesteps", timesteps, len(self))
         sigmas, table = self._schedule.sigma_at(times), self._schedule.sigmas
         if self._spacing:
             times, sigmas = self._respaced(table[-1], table[0], steps)
@@ -180,7 +181,7 @@ class UniPCMultistepScheduler(LogSNRScheduler):
     ) -> None:
         self._start(solver_order=_ORDERS, solver_p=(None,))
         self._take("solver_type", _UNIPC_FORMS)
-        self._threshold = self._threshold if predict_x0 else None
+        self.threshold = self.threshold if predict_x0 else None
 
     def _last(self, sigmas: Array) -> float:
         return super()._last(sigmas) if self.config.final_sigmas_type == "zero" or not self._spacing else sigmas[-1]

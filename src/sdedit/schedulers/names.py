@@ -44,33 +44,40 @@ class Named(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
-_KARRAS = {"use_karras_sigmas": True}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+# Options that any of the names sets are written out wherever the class has them, so that a name means the same
+# whatever the config of the model says.
+_EVEN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_KARRAS = _EVEN | {"use_karras_sigmas": True}
+_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_lu_lambdas": False}
+_SDE = _2M | {"algorithm_type": "sde-dpmsolver++"}
+_2S = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+_DEIS = {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2}
+_UNIPC = {"solver_type": "bh2", "solver_order": 2}
 
 SCHEDULERS = {
     "ddim": Named("DDIMScheduler", "DDIM"),
     "ddpm": Named("DDPMScheduler", "DDPM"),
     "pndm": Named("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
-    "euler": Named("EulerDiscreteScheduler", "Euler"),
+    "euler": Named("EulerDiscreteScheduler", "Euler", _EVEN),
     "euler-karras": Named("EulerDiscreteScheduler", "Euler Karras", _KARRAS),
     "euler-a": Named("EulerAncestralDiscreteScheduler", "Euler a"),
-    "heun": Named("HeunDiscreteScheduler", "Heun"),
-    "lms": Named("LMSDiscreteScheduler", "LMS"),
+    "heun": Named("HeunDiscreteScheduler", "Heun", _EVEN),
+    "lms": Named("LMSDiscreteScheduler", "LMS", _EVEN),
     "lms-karras": Named("LMSDiscreteScheduler", "LMS Karras", _KARRAS),
-    "dpm2": Named("KDPM2DiscreteScheduler", "DPM2"),
+    "dpm2": Named("KDPM2DiscreteScheduler", "DPM2", _EVEN),
     "dpm2-karras": Named("KDPM2DiscreteScheduler", "DPM2 Karras", _KARRAS),
-    "dpm2-a": Named("KDPM2AncestralDiscreteScheduler", "DPM2 a"),
+    "dpm2-a": Named("KDPM2AncestralDiscreteScheduler", "DPM2 a", _EVEN),
     "dpm2-a-karras": Named("KDPM2AncestralDiscreteScheduler", "DPM2 a Karras", _KARRAS),
-    "dpm++-2m": Named("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    "dpm++-2m-karras": Named("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
-    "dpm++-2m-sde": Named("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
+    "dpm++-2m": Named("DPMSolverMultistepScheduler", "DPM++ 2M", _2M | _EVEN),
+    "dpm++-2m-karras": Named("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _2M | _KARRAS),
+    "dpm++-2m-sde": Named("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE | _EVEN),
     "dpm++-2m-sde-karras": Named("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", _SDE | _KARRAS),
-    "dpm++-2s": Named("DPMSolverSinglestepScheduler", "DPM++ 2S"),
-    "dpm++-2s-karras": Named("DPMSolverSinglestepScheduler", "DPM++ 2S Karras", _KARRAS),
-    "dpm++-sde": Named("DPMSolverSDEScheduler", "DPM++ SDE"),
+    "dpm++-2s": Named("DPMSolverSinglestepScheduler", "DPM++ 2S", _2S | _EVEN),
+    "dpm++-2s-karras": Named("DPMSolverSinglestepScheduler", "DPM++ 2S Karras", _2S | _KARRAS),
+    "dpm++-sde": Named("DPMSolverSDEScheduler", "DPM++ SDE", _EVEN),
     "dpm++-sde-karras": Named("DPMSolverSDEScheduler", "DPM++ SDE Karras", _KARRAS),
-    "deis": Named("DEISMultistepScheduler", "DEIS"),
-    "unipc": Named("UniPCMultistepScheduler", "UniPC"),
+    "deis": Named("DEISMultistepScheduler", "DEIS", _DEIS | _EVEN),
+    "unipc": Named("UniPCMultistepScheduler", "UniPC", _UNIPC | _EVEN),
     "lcm": Named("LCMScheduler", "LCM"),
     "tcd": Named("TCDScheduler", "TCD"),
 }

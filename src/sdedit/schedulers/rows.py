@@ -53,12 +53,21 @@ class Row(NamedTuple):
 class Memory(NamedTuple):
     """What a run carries beside the sample: the anchor (B, C, H, W), and the last predictions m, newest first.
 
-    It is empty at the start. For rows as arrays start with `Memory(x, (x * 0,) * (len(row.b) - 1))`: its structure
-    then never changes, as `lax.scan` needs it.
+    It is empty at the start; for rows as arrays, it is `blank_memory`.
     """
 
     anchor: Any = None
     history: tuple[Any, ...] = ()
+
+
+def blank_memory(x: Any, depth: int) -> Memory:
+    """A memory whose structure never changes, as rows that are arrays and `lax.scan` need it.
+
+    Args:
+        x: (B, C, H, W), the samples at the start.
+        depth: `len(row.b)`.
+    """
+    return Memory(x, (x * 0,) * (depth - 1))
 
 
 def step(
@@ -69,6 +78,7 @@ def step(
     noise: Any = None,
     *,
     threshold: tuple[float, float] | None = None,
+    want_x0: bool = True,
     xp: Any,
 ) -> tuple[Any, Any, Any, Memory]:
     """Apply a row to a batch, in the dtype of the samples.
@@ -80,14 +90,18 @@ def step(
         memory: What the step before returned.
         noise: (B, C, H, W) standard normal; used where `row.draw`.
         threshold: (ratio, bound) of dynamic thresholding, instead of clipping.
+        want_x0: Without it, x0 is `None` where the row does not need it.
         xp: The array library, `torch` or `jax.numpy`.
 
     Returns:
         The next samples, x0, m, and the memory for the next step.
     """
     x = _combine((1.0, x), (row.churn, noise))
-    x0 = _combine((row.x0_x, x), (row.x0_out, output))
-    if threshold is not None:
+    needed = want_x0 or not isinstance(row.m_x0, float) or row.m_x0 != 0
+    x0 = _combine((row.x0_x, x), (row.x0_out, output)) if needed else None
+    if x0 is None:
+        pass
+    elif threshold is not None:
         x0 = dynamic_threshold(x0, *threshold, xp=xp)
     elif not (isinstance(row.clip, float) and row.clip == math.inf):
         x0 = xp.clip(x0, -row.clip, row.clip)
@@ -105,8 +119,13 @@ def step(
 def _combine(*terms: tuple[Number, Any]) -> Any:
     """Σ coefficient·array, without the terms that a plain float says are zero, and without absent noise."""
     used = [(k, v) for k, v in terms if not (v is None or (isinstance(k, float) and k == 0))]
-    products = [v if isinstance(k, float) and k == 1 else v * k for k, v in used]
-    return sum(products[1:], start=products[0]) if products else terms[0][1] * 0
+    if not used:
+        return terms[0][1] * 0
+    k, v = used[0]
+    total = v if isinstance(k, float) and k == 1 else v * k
+    for k, v in used[1:]:  # torch scales and adds in one pass
+        total = total.add(v, alpha=k) if isinstance(k, float) and hasattr(total, "add") else total + v * k
+    return total
 
 
 def dynamic_threshold(x0: Any, ratio: float, bound: float, *, xp: Any) -> Any:
@@ -119,13 +138,18 @@ def dynamic_threshold(x0: Any, ratio: float, bound: float, *, xp: Any) -> Any:
     return xp.clip(x0, -s, s) / s
 
 
-def finish(rows: Sequence[Row], *, clip: float = math.inf, threshold: bool = False) -> list[Row]:
-    """A solver's rows as plain floats, with histories of one length, and m without x0 where nothing bounds x0."""
+def finish(rows: Sequence[Row], *, clip: float = math.inf, threshold: bool = False, keep_m: bool = True) -> list[Row]:
+    """A solver's rows as plain floats, with histories of one length, and m without x0 where nothing bounds x0.
+
+    Without `keep_m`, where no later row looks back at m, it becomes the output itself, which costs nothing.
+    """
     done = []
     for row in _even(rows):
         if clip == math.inf and not threshold:  # m is linear in x and the output; this way, ε is exact where it cancels
             m_x, m_out = row.m_x + row.m_x0 * row.x0_x, row.m_out + row.m_x0 * row.x0_out
             row = row._replace(m_x=m_x if abs(m_x) > 1e-14 else 0.0, m_x0=0.0, m_out=m_out)
+            if len(row.b) == 1 and not keep_m:
+                row = row._replace(a=row.a + row.b[0] * row.m_x, b=(row.b[0] * m_out,), m_x=0.0, m_out=1.0)
         done.append(Row._make([*map(float, row[:-1]), tuple(map(float, row.b))])._replace(clip=clip))
     return done
 

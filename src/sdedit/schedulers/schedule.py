@@ -137,6 +137,18 @@ def zero_terminal_snr(betas: Array) -> Array:
     return np.concatenate([1 - bar[:1], 1 - bar[1:] / bar[:-1]])
 
 
+def squeezed_betas(alphas_cumprod: Array, factor: float) -> Array:
+    """β of the schedule ᾱ'(t) = ᾱ(factor·t), which takes T steps to the noise level that ᾱ has at factor·T.
+
+    Between two training steps, log SNR is interpolated. (T,) float64 → (T,) float32; 0 < factor < 1.
+    """
+    bar = np.maximum(alphas_cumprod, 2**-24)
+    times = np.arange(len(bar))
+    snr = np.exp(np.interp(times * factor, times, np.log(bar / (1 - bar))))
+    squeezed = snr / (1 + snr)
+    return np.asarray(1 - squeezed / np.append(1.0, squeezed[:-1]), dtype=np.float32)
+
+
 def space_times(spacing: str, steps: int, train_steps: int, *, offset: int = 0, last: int = 0, spare: int = 0) -> Array:
     """Spread `steps` times over [0, T-1], falling, (steps,) float64 (arXiv 2305.08891, table 2).
 
@@ -188,9 +200,9 @@ def symmetric_beta_quantile(p: Array, a: float = 0.6) -> Array:
     return np.where(p <= 0.5, x, 1 - x)
 
 
-def descending(name: str, times: Sequence[float], below: int) -> Array:
-    """Times of one's own as an array; they must fall, in [0, below)."""
-    found = np.asarray(times)
-    if found.ndim != 1 or (np.diff(found) >= 0).any() or not 0 <= found[-1] <= found[0] < below:
-        raise ValueError(f"{name}: expected falling times from 0 to {below - 1}; got {list(times)}")
+def descending(name: str, given: Sequence[float], below: int) -> Array:
+    """Times or levels of one's own as an array; they must fall, in [0, below)."""
+    found = np.asarray(given)
+    if found.ndim != 1 or not len(found) or (np.diff(found) >= 0).any() or not 0 <= found[-1] <= found[0] < below:
+        raise ValueError(f"{name}: expected falling numbers in [0, {below}); got {list(given)}")
     return found

@@ -15,7 +15,8 @@ from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput, mix
 from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import training_steps as solvers
 
-_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+# None is how DPM-Solver's configs say that it is not learned: "fixed_small".
+_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None)
 
 
 class TrainingStepScheduler(Scheduler):
@@ -31,6 +32,11 @@ class TrainingStepScheduler(Scheduler):
 
     def _at(self, times: Array) -> Grid:
         return Grid(times, np.append(self._schedule.sigma_at(times), 0.0))
+
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """ᾱ of the clean end, which the last step leads to, a scalar."""
+        return torch.tensor(self._schedule.bar(-1), dtype=torch.float32)
 
     def _training_levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at training steps (B,), each (B, 1, 1, 1), without reading the device."""
@@ -102,11 +108,14 @@ class DDPMScheduler(TrainingStepScheduler):
     ) -> None:
         self._start(variance_type=_VARIANCES)
 
-    def _noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None) -> Tensor:
-        z = super()._noise(sample, generator, index, said)
-        if said is None:
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
+        z, kind = super().draw_noise(sample, generator, index), str(self.config.variance_type)
+        if not kind.startswith("learned"):
             return z
-        if self.config.variance_type == "learned":
+        if said is None:
+            raise ValueError(f"model_output: variance_type {kind!r} needs {2 * sample.shape[1]} channels")
+        if kind == "learned":
             return z * said**0.5
         # The UNet says where log σ² lies between those of fixed_small and fixed_large (arXiv 2102.09672, equation 15).
         bar, after = (self._schedule.bar(t) for t in [*self._grid.times.tolist(), -1][index : index + 2])

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.polynomial import Polynomial
 
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Array, Run
@@ -27,9 +26,8 @@ def _row(run: Run, i: int, s: float, **update: Any) -> Row:
 
 
 def ancestral_levels(s: float, after: float) -> tuple[float, float]:
-    """(down, up) with down² + up² = s'²: go down to `down` without noise, then add noise of scale `up`."""
-    up = after * math.sqrt(max(s**2 - after**2, 0.0)) / s
-    return math.sqrt(max(after**2 - up**2, 0.0)), up
+    """(down, up) with down² + up² = s'²: go down to `down` = s'²/s without noise, then add noise of scale `up`."""
+    return after**2 / s, after * math.sqrt(max(s**2 - after**2, 0.0)) / s
 
 
 def euler(
@@ -73,14 +71,23 @@ def lagrange_integrals(nodes: Sequence[float], start: float, end: float, *, log:
     """
     at, weights = [math.log(s) for s in nodes] if log else list(nodes), []
     for j, here in enumerate(at):
-        others = [u for k, u in enumerate(at) if k != j]
-        basis = (Polynomial.fromroots(others) if others else Polynomial([1.0])) / np.prod([here - u for u in others])
+        basis = [1.0]  # coefficients of L_j, from the constant up
+        for u in (u for k, u in enumerate(at) if k != j):
+            basis = [(low - u * high) / (here - u) for low, high in zip([0.0, *basis], [*basis, 0.0], strict=True)]
         if log:
-            inner = sum((basis.deriv(k) * (-1) ** k for k in range(1, len(at))), start=basis)
-            weights.append(float(end * inner(math.log(end)) - start * inner(math.log(start))))
+            low, high = (s * _alternating(basis, math.log(s)) for s in (start, end))
         else:
-            weights.append(float(basis.integ()(end) - basis.integ()(start)))
+            low, high = (sum(c * s ** (k + 1) / (k + 1) for k, c in enumerate(basis)) for s in (start, end))
+        weights.append(high - low)
     return weights
+
+
+def _alternating(coefficients: list[float], u: float) -> float:
+    """L - L' + L'' - … at u, of the polynomial L with these coefficients."""
+    if not coefficients:
+        return 0.0
+    derivative = [k * c for k, c in enumerate(coefficients)][1:]
+    return sum(c * u**k for k, c in enumerate(coefficients)) - _alternating(derivative, u)
 
 
 def interleave(values: Array) -> Array:

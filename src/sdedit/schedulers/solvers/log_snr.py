@@ -72,8 +72,9 @@ def _dpm(run: Run, i: int, s: float, expansion: Array, *, anchored: bool = False
         z = math.log(power)
         weights = weights + k * ((math.expm1(z) / z if z else 1) - 1) * expansion[1]
         if len(expansion) == 3:
-            # As published; but the integral of D2 (δ/h)² is twice this, so multistep "order 3" converges at order 2,
-            # and in the SDE form the sign of 1/2 keeps the term from vanishing with h. tests/schedulers measures it.
+            # As published. But the integral of D2 (δ/h)² is twice this, so that multistep "order 3" converges at order
+            # 2; and in the SDE form the sign of 1/2 keeps the term from vanishing with h, and the variance diverges.
+            # Both are measured, and the term that mends them named, in tests/schedulers/test_gaussian.py.
             weights = weights + k * (phi2(z) + (1 / 2 if stochastic else -1 / 2)) * expansion[2]
     if stochastic:
         c = sigma_after * math.sqrt(max(1 - shrink**2, 0.0)) / (1 if of_x0 else shrink)

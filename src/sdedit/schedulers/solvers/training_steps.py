@@ -40,7 +40,7 @@ def ddpm(run: Run, i: int) -> Row:
     The variance is β ("fixed_large…") or that of q(x_{t-1} | x_t, x0) ("fixed_small…"); where it is learned, the noise
     has the weight 1 and comes scaled.
     """
-    t, kind = run.times[i], run.config["variance_type"]
+    t, kind = run.times[i], str(run.config["variance_type"])
     bar, after = run.schedule.bar(t), run.schedule.bar([*run.times, -1][i + 1])
     alpha = bar / after
     variance = (1 - alpha) * (1 if kind.startswith("fixed_large") else (1 - after) / (1 - bar))
