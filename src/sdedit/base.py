@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 
 from sdedit.image_prompts import ImagePrompts
 from sdedit.loading.ip_adapter import IPAdapterLoader
+from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
+from sdedit.models.adapters import set_aside
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
-class Pipeline(TextualInversionLoader, IPAdapterLoader, ImagePrompts):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -183,10 +185,14 @@ class Pipeline(TextualInversionLoader, IPAdapterLoader, ImagePrompts):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write all components to a folder that `from_pretrained`, and other tools, read back."""
+        """Write all components to a folder that `from_pretrained`, and other tools, read back.
+
+        Adapters are left out, unless they are fused.
+        """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
-        save_components(self.components, self.requires_safety_checker, save_directory, variant)
+        with set_aside(self.unet, self.text_encoder):
+            save_components(self.components, self.requires_safety_checker, save_directory, variant)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)

@@ -36,6 +36,9 @@ Negative = Annotated[str, typer.Option(help="What to go away from.")]
 Scheduler = Annotated[
     str | None, typer.Option(help="Such as ddim, euler-a, dpm++-2m-karras; the model's own if not given.")
 ]
+Lora = Annotated[
+    list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file, folder or hub id; may be given again.")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and printed if not given.")]
 Count = Annotated[int, typer.Option(help="Pictures to make, with the seeds SEED, SEED+1, …")]
 ExactSteps = Annotated[
@@ -67,6 +70,7 @@ def run(
     guidance: Guidance = 7.5,
     negative: Negative = "",
     scheduler: Scheduler = None,
+    lora: Lora = None,
     seed: Seed = None,
     count: Count = 1,
     dtype: DType = "auto",
@@ -93,6 +97,7 @@ def run(
         model=model,
         strength=strength,
         scheduler=scheduler,
+        lora=[_with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
         exact_steps=exact_steps,
         extra_noise=extra_noise,
@@ -131,6 +136,7 @@ def again(
     settings.model = model or settings.model
     paths = {name: _beside(picture, name) for name in settings.embeddings}
     settings.embeddings = tuple(str(path) if path.exists() else name for name, path in paths.items())
+    settings.lora = [(str(p) if (p := _beside(picture, name)).exists() else name, w) for name, w in settings.lora]
     if settings.scheduler is None and settings.sampler is not None:
         settings.scheduler = scheduler_from_label(settings.sampler, settings.schedule_type)
     size = f"{settings.size[0]}x{settings.size[1]}" if settings.size else "auto"
@@ -259,6 +265,7 @@ def _ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[An
         _say(f"embedding {report}")
     if not own:
         pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
+    _load_adapters(pipe, settings)
     guide = _resized(guide, size, pipe)
     settings.size, settings.dtype = guide.size, str(dtype).removeprefix("torch.")
     settings.scheduler = settings.scheduler or "own"
@@ -295,6 +302,7 @@ def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device:
         settings.model = os.path.relpath(settings.model, output.absolute().parent)
     folder = output.absolute().parent
     settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
+    settings.lora = [(os.path.relpath(name, folder) if Path(name).exists() else name, w) for name, w in settings.lora]
     for i, (picture, seed) in enumerate(zip(drawn.images, seeds, strict=True)):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}")
         settings.seed = seed
@@ -310,6 +318,23 @@ def _load(model: str, dtype: Any) -> Any:
     if Path(model).is_file() or model.startswith("https://"):
         return StableDiffusionImg2ImgPipeline.from_single_file(model, torch_dtype=dtype)
     return StableDiffusionImg2ImgPipeline.from_pretrained(None if model == "default" else model, torch_dtype=dtype)
+
+
+def _with_weight(text: str) -> tuple[str, float]:
+    """`FILE:0.8` as the file and its weight, which is 1 if there is none."""
+    name, _, weight = text.rpartition(":")
+    try:
+        return (name, float(weight)) if name and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _load_adapters(pipe: Any, settings: Settings) -> None:
+    names = [f"lora_{i}" for i in range(len(settings.lora))]
+    for name, (file, _) in zip(names, settings.lora, strict=True):
+        _say(str(pipe.load_lora_weights(file, adapter_name=name)))
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in settings.lora])
 
 
 def _place(device: str, dtype: str | None) -> tuple[Any, Any]:
@@ -375,7 +400,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
         _say(f"error: {str(error) or type(error).__name__}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ _KEYS = {
     "model": "Model",
     "embeddings": "Embeddings",
     "strength": "Denoising strength",
+    "lora": "LoRA",
     "extra_noise": "Extra noise",
     "exact_steps": "Exact steps",
     "weighting": "Prompt weighting",
@@ -55,6 +56,7 @@ class Settings:
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
         model: `"default"`, a folder, a single file, or a hub id.
+        lora: File, folder or hub id of each adapter, in a file relative like `image`, and its weight.
     """
 
     prompt: str
@@ -71,6 +73,7 @@ class Settings:
     model: str = "default"
     embeddings: tuple[str, ...] = ()
     strength: float = 0.8
+    lora: list[tuple[str, float]] = field(default_factory=list)
     dtype: str | None = None
     extra_noise: float = 0.0
     exact_steps: bool = False
@@ -82,9 +85,11 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and value is not False and value != () and (name != "extra_noise" or value):
+            if value is not None and value is not False and value not in ((), []) and (name != "extra_noise" or value):
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
                 written = "\n".join(value) if name == "embeddings" else written
+                if name == "lora":  # as the web UI writes them in a prompt
+                    written = " ".join(f"<lora:{path}:{_number(weight)}>" for path, weight in value)
                 pairs.append(f"{key}: {_quote(written)}")
         lines = [self.prompt] + ([f"Negative prompt: {self.negative}"] if self.negative else [])
         return "\n".join([*lines, ", ".join(pairs)])
@@ -130,6 +135,8 @@ def _read_value(name: str, key: str, value: str) -> Any:
         if name == "size":
             width, height = value.split("x")
             return int(width), int(height)
+        if name == "lora":
+            return [(path, float(weight)) for path, weight in re.findall(r"<lora:(.+?):([^:<>]*)>", value)]
         kind = {f.name: str(f.type) for f in fields(Settings)}[name]
         if name == "embeddings":
             return tuple(value.split("\n"))

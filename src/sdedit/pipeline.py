@@ -12,6 +12,7 @@ from sdedit import checks, prompts, runs, weighting
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.models.adapters import scaled
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.precision import finite
@@ -158,6 +159,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
             prompt_weighting=prompt_weighting,
         )
@@ -240,11 +242,9 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative ones")
             encoding = weighting.encode if prompt_weighting else prompts.encode_texts
-            return finite(
-                "text encoder",
-                self.text_encoder,
-                lambda dtype: encoding(self.tokenizer, self.text_encoder, texts, clip_skip, length),
-            )
+            parts = (self.tokenizer, self.text_encoder, texts, clip_skip, length)
+            with scaled(self.text_encoder, lora_scale):
+                return finite("text encoder", self.text_encoder, lambda dtype: encoding(*parts))
 
         if prompt_embeds is None:
             # Prompt and negative prompt must have the same length; weighted ones may have any.

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sdedit.models.adapters import scaled_call
 from sdedit.models.attention import Context, Transformer2DModel
 from sdedit.models.layers import (
     Downsample2D,
@@ -231,6 +232,7 @@ class UNet2DConditionModel(Model):
                 )
         return made
 
+    @scaled_call
     def forward(
         self,
         sample: Tensor,
