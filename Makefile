@@ -20,7 +20,7 @@ install: $(VENV)/.run  ## the package alone
 
 demo: $(VENV)/.run  ## a doodle becomes a picture
 	@mkdir -p output
-	$(BIN)/sdedit run examples/apple.png "red apple, 3d" -o output/apple.png --strength 0.7 --seed 0
+	$(BIN)/sdedit run examples/apple.png "red apple, 3d" -o output/apple.png --seed 0
 	@echo "The doodle: examples/apple.png. The picture: output/apple.png"
 
 test: $(VENV)/.test  ## all tests

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdedit.metadata import Settings, hash_file, read_settings, sampler_label, save_picture, scheduler_from_label
+from sdedit.drawing import draw, ready, say
+from sdedit.metadata import Settings, hash_file, read_settings, scheduler_from_label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,13 +25,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What large models are used with, and what suits the small one of the package.
+_USUAL = Settings("", strength=0.8, guidance=7.5, steps=30)
+_SUITED = Settings("", strength=0.65, guidance=3.0, steps=20)
+
 ImageArgument = Annotated[Path, typer.Argument(help="The picture to start from: any format, any size.")]
 PromptArgument = Annotated[str, typer.Argument(help="What it shall become.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes; with --count, -1, -2, … are added.")]
 Model = Annotated[str, typer.Option(help="A model folder, single file or hub id; 'default' is the one in the package.")]
-Strength = Annotated[float, typer.Option(help="How far to go from the image: 0 keeps it, 1 forgets it.")]
-Steps = Annotated[int, typer.Option(help="Steps of the whole schedule; strength says how many of them run.")]
-Guidance = Annotated[float, typer.Option(help="Weight of the prompt; 1 turns guidance off.")]
+Strength = Annotated[
+    float | None, typer.Option(help="How far to go from the image: 0 keeps it, 1 forgets it. 0.8; default model: 0.65.")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps of the schedule; strength says how many run. 30; default model: 20.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Weight of the prompt; 1 turns guidance off. 7.5; default model: 3.")
+]
 Negative = Annotated[str, typer.Option(help="What to go away from.")]
 Scheduler = Annotated[
     str | None, typer.Option(help="Such as ddim, euler-a, dpm++-2m-karras; the model's own if not given.")
@@ -65,9 +75,9 @@ def run(
     prompt: PromptArgument,
     output: Out,
     model: Model = "default",
-    strength: Strength = 0.8,
-    steps: Steps = 30,
-    guidance: Guidance = 7.5,
+    strength: Strength = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative: Negative = "",
     scheduler: Scheduler = None,
     lora: Lora = None,
@@ -87,15 +97,16 @@ def run(
     if count < 1:
         raise ValueError(f"--count {count}; expected at least 1")
     _check_output(output)
+    suited = _SUITED if model == "default" else _USUAL
     settings = Settings(
         prompt,
         image=str(image),
         negative=negative,
-        steps=steps,
-        guidance=guidance,
+        steps=suited.steps if steps is None else steps,
+        guidance=suited.guidance if guidance is None else guidance,
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         model=model,
-        strength=strength,
+        strength=suited.strength if strength is None else strength,
         scheduler=scheduler,
         lora=[_with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
@@ -106,7 +117,7 @@ def run(
     )
     guide = _open(image, max_megapixels)
     settings.image_hash = hash_file(image)
-    _draw(settings, guide, output, count=count, device=device, size=size)
+    draw(settings, guide, output, count=count, device=device, size=size)
 
 
 @app.command()
@@ -129,9 +140,9 @@ def again(
         image = _beside(picture, settings.image)
     guide = _open(image, max_megapixels)
     if settings.image_hash not in (None, hash_file(image)):
-        _say(f"warning: {image} is not the file that {picture} was made from (its hash differs)")
+        say(f"warning: {image} is not the file that {picture} was made from (its hash differs)")
     settings.image, settings.image_hash = str(image), hash_file(image)
-    if model is None and _beside(picture, settings.model).exists():
+    if model is None and settings.model != "default" and _beside(picture, settings.model).exists():
         model = str(_beside(picture, settings.model))
     settings.model = model or settings.model
     paths = {name: _beside(picture, name) for name in settings.embeddings}
@@ -141,7 +152,7 @@ def again(
         settings.scheduler = scheduler_from_label(settings.sampler, settings.schedule_type)
     size = f"{settings.size[0]}x{settings.size[1]}" if settings.size else "auto"
     target = output or picture.with_name(f"{picture.stem}-again{picture.suffix}")
-    _draw(settings, guide, target, count=1, device=device, size=size)
+    draw(settings, guide, target, count=1, device=device, size=size)
 
 
 @app.command()
@@ -155,8 +166,8 @@ def sweep(
         str, typer.Option(help="Comma-separated, each from 0 to 1.")
     ] = "0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
     model: Model = "default",
-    steps: Steps = 30,
-    guidance: Guidance = 7.5,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative: Negative = "",
     scheduler: Scheduler = None,
     seed: Seed = 0,
@@ -175,10 +186,10 @@ def sweep(
         levels = [float(part) for part in strengths.split(",")]
     except ValueError:
         raise ValueError(f"--strengths {strengths}; expected numbers with commas between them") from None
-    chosen = None if dtype == "auto" else dtype
+    suited, chosen = _SUITED if model == "default" else _USUAL, None if dtype == "auto" else dtype
     embeddings = tuple(embedding or ())
     settings = Settings(prompt, model=model, embeddings=embeddings, scheduler=scheduler, dtype=chosen)
-    pipe, guide = _ready(settings, _open(image, max_megapixels), device, size)
+    pipe, guide = ready(settings, _open(image, max_megapixels), device, size)
     import torch
 
     swept = pipe.sweep(
@@ -186,8 +197,8 @@ def sweep(
         prompt,
         levels,
         None if seed is None else torch.Generator().manual_seed(seed),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        num_inference_steps=suited.steps if steps is None else steps,
+        guidance_scale=suited.guidance if guidance is None else guidance,
         negative_prompt=negative or None,
         exact_steps=exact_steps,
         prompt_weighting=weighting,
@@ -248,78 +259,6 @@ def _open(image: Path, max_megapixels: float) -> Image:
     return open_image(image, int(max_megapixels * 1e6))
 
 
-def _ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any, Image]:
-    """The pipeline and the input image that settings ask for; what they left open is filled in."""
-    from sdedit import __version__
-    from sdedit.schedulers.names import SCHEDULERS, make_scheduler
-
-    own = settings.scheduler in (None, "own")
-    if not own and settings.scheduler not in SCHEDULERS:
-        raise ValueError(f"--scheduler {settings.scheduler}; expected one of {', '.join(SCHEDULERS)}")
-    for name in settings.embeddings:
-        if not Path(name).exists() and name.count("/") != 1:  # a hub id has one
-            raise FileNotFoundError(f"--embedding {name} does not exist")
-    where, dtype = _place(device, settings.dtype)
-    pipe = _load(settings.model, dtype).to(where)
-    for report in pipe.load_textual_inversion(settings.embeddings):
-        _say(f"embedding {report}")
-    if not own:
-        pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
-    _load_adapters(pipe, settings)
-    guide = _resized(guide, size, pipe)
-    settings.size, settings.dtype = guide.size, str(dtype).removeprefix("torch.")
-    settings.scheduler = settings.scheduler or "own"
-    settings.sampler, settings.schedule_type = sampler_label(pipe.scheduler)
-    settings.version = f"sdedit {__version__}"
-    return pipe, guide
-
-
-def _draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
-    """Draw `count` pictures and write them, each with its seed and settings."""
-    pipe, guide = _ready(settings, guide, device, size)
-
-    import torch
-
-    seeds = [settings.seed + i for i in range(count)]
-    started = time.perf_counter()
-    drawn = pipe(
-        settings.prompt,
-        guide,
-        strength=settings.strength,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        negative_prompt=settings.negative or None,
-        num_images_per_prompt=count,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        exact_steps=settings.exact_steps,
-        extra_noise=settings.extra_noise,
-        prompt_weighting=settings.weighting,
-    )
-    seconds = time.perf_counter() - started
-    image = Path(settings.image or "")
-    settings.image = os.path.relpath(image, output.absolute().parent)
-    if settings.model != "default" and Path(settings.model).exists():
-        settings.model = os.path.relpath(settings.model, output.absolute().parent)
-    folder = output.absolute().parent
-    settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
-    settings.lora = [(os.path.relpath(name, folder) if Path(name).exists() else name, w) for name, w in settings.lora]
-    for i, (picture, seed) in enumerate(zip(drawn.images, seeds, strict=True)):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}")
-        settings.seed = seed
-        save_picture(picture, path, settings)
-        typer.echo(f"{path}  ({picture.width}×{picture.height}, seed {seed})")
-    _say(settings.to_text().splitlines()[-1])
-    _say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
-
-
-def _load(model: str, dtype: Any) -> Any:
-    from sdedit.pipeline import StableDiffusionImg2ImgPipeline
-
-    if Path(model).is_file() or model.startswith("https://"):
-        return StableDiffusionImg2ImgPipeline.from_single_file(model, torch_dtype=dtype)
-    return StableDiffusionImg2ImgPipeline.from_pretrained(None if model == "default" else model, torch_dtype=dtype)
-
-
 def _with_weight(text: str) -> tuple[str, float]:
     """`FILE:0.8` as the file and its weight, which is 1 if there is none."""
     name, _, weight = text.rpartition(":")
@@ -329,79 +268,14 @@ def _with_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _load_adapters(pipe: Any, settings: Settings) -> None:
-    names = [f"lora_{i}" for i in range(len(settings.lora))]
-    for name, (file, _) in zip(names, settings.lora, strict=True):
-        _say(str(pipe.load_lora_weights(file, adapter_name=name)))
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in settings.lora])
-
-
-def _place(device: str, dtype: str | None) -> tuple[Any, Any]:
-    """Device and dtype; where none is named, the fastest at hand that draws the same picture up to rounding."""
-    import torch
-
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); expected auto, cpu, cuda or mps") from None
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is None:
-        return where, torch.float32 if where.type == "cpu" else torch.float16
-    if dtype not in known:
-        raise ValueError(f"--dtype {dtype}; expected auto, {', '.join(known)}")
-    return where, known[dtype]
-
-
-def _resized(image: Image, size: str, pipe: Any) -> Image:
-    """The image at the size that `--size` asks for; models draw badly far from the area that they were trained at."""
-    from PIL import Image as PIL
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if size == "original":
-        return image
-    if size == "auto":
-        factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
-        native = own * factor if isinstance(own, int) else image.width
-        scale = native / (image.width * image.height) ** 0.5
-        if 0.6 <= scale <= 1.5:
-            return image
-        target = tuple(max(round(side * scale / factor), 1) * factor for side in image.size)
-        _say(
-            f"{image.width}×{image.height} → {target[0]}×{target[1]}, near the size that this model draws "
-            "(--size original keeps it)"
-        )
-    else:
-        try:
-            width, height = size.lower().split("x")
-            target = (int(width), int(height))
-        except ValueError:
-            raise ValueError(f"--size {size}; expected WIDTHxHEIGHT such as 512x512, original or auto") from None
-        if min(target) < 8:
-            raise ValueError(f"--size {size}; expected at least 8 on each side")
-    if image.mode in ("1", "P"):  # these cannot be interpolated
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    return image.resize(target, PIL.Resampling.LANCZOS)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def main() -> None:
     """Entry point: an error is one sentence and exit code 2; `--debug` gives the traceback."""
-    warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_args, **_kwargs: say(f"warning: {message}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
-        _say(f"error: {str(error) or type(error).__name__}")
+        say(f"error: {str(error) or type(error).__name__}")
         sys.exit(2)

@@ -40,6 +40,11 @@ class Images:
     alphas: list[Tensor | None] = field(default_factory=list)
     latent: bool = False
 
+    def cropped(self, pixels: Tensor) -> Tensor:
+        """Decoded pixels (B, 3, H', W') at the size of these images, without what was padded; of latents, all of them."""
+        height, width = self.pixels.shape[-2:]
+        return pixels if self.latent else pixels[..., :height, :width]
+
 
 def open_image(path: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """Open and decode an image file.

@@ -151,7 +151,6 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
         # 1. Read the image and the prompt.
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
-        height, width = images.pixels.shape[-2:]
         self._guidance_scale, self._interrupt = scales[0] if len(scales) == 1 else scales, False
         embeds, negative_embeds = self.encode_prompt(
             prompt,
@@ -192,9 +191,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
 
         # 5. Decode, and cut off what was padded.
-        pixels = self._decode(latents)
-        if not images.latent:
-            pixels = pixels[..., :height, :width]
+        pixels = images.cropped(self._decode(latents))
         checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
         alphas = [images.alphas[i] for i in of_image]
         written = write_images(checked, output_type, alphas)
@@ -342,11 +339,14 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 # Pictures with steps of their own may have none left; those that have some come first.
                 count, latents = run.active(i), tensors["latents"]
                 sample, t = run.model_input(i, latents[:count])
-                embeds = _first(tensors["prompt_embeds"], count, len(latents))
+                embeds = runs.first(tensors["prompt_embeds"], count, len(latents))
                 guided = self.do_classifier_free_guidance
                 if guided:
                     sample, t = torch.cat([sample] * 2), torch.cat([t] * 2) if t.ndim else t
-                extra = {"timestep_cond": _first(condition, count), **tensors["image_embeds"].arguments(count, guided)}
+                extra = {
+                    "timestep_cond": runs.first(condition, count),
+                    **tensors["image_embeds"].arguments(count, guided),
+                }
                 prediction = self.unet(sample, t, embeds, **extra, **unet_arguments)[0]
                 if guided:
                     without, with_prompt = prediction.chunk(2)
@@ -398,10 +398,3 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         """Is the UNet called with and without the prompt?"""
         scale = self._guidance_scale
         return (max(scale) if isinstance(scale, list) else scale) > 1 and self.unet.config.time_cond_proj_dim is None
-
-
-def _first(batch: Tensor | None, count: int, whole: int | None = None) -> Any:
-    """The first pictures of a batch (B, …), of each of its halves if it holds two of `whole` pictures."""
-    if batch is None or count == (whole or len(batch)):
-        return batch
-    return batch[:count] if whole is None else batch.unflatten(0, (-1, whole))[:, :count].flatten(0, 1)

@@ -256,3 +256,10 @@ def make(starts: Sequence[Start], batch: int, eta: float, generator: Generator) 
     if len(starts) == 1:
         return SharedRun(starts[0], batch, eta, generator)
     return PerImageRun(starts, eta, generator)
+
+
+def first(batch: Tensor | None, count: int, whole: int | None = None) -> Any:
+    """The first pictures of a batch (B, …), of each of its halves if it holds two of `whole` pictures."""
+    if batch is None or count == (whole or len(batch)):
+        return batch
+    return batch[:count] if whole is None else batch.unflatten(0, (-1, whole))[:, :count].flatten(0, 1)
