@@ -41,7 +41,7 @@ class Images:
     latent: bool = False
 
     def cropped(self, pixels: Tensor) -> Tensor:
-        """Decoded pixels (B, 3, H', W') at the size of these images, without what was padded; of latents, all of them."""
+        """Decoded pixels (B, 3, H, W) at the size of these images, without what was padded; of latents, all."""
         height, width = self.pixels.shape[-2:]
         return pixels if self.latent else pixels[..., :height, :width]
 
