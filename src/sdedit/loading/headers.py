@@ -86,6 +86,10 @@ def read_header(path: Path, also: frozenset[str] = frozenset()) -> Header:
         return _read_safetensors(path)
     if start[257:262] == b"ustar":
         raise ValueError(f"{path} is a tar file, as torch wrote before 2018: its pickles are not read; convert it")
+    if start[:4] != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise ValueError(
+            f"{path} is damaged, or no file of weights; expected safetensors, or a pickle that torch wrote"
+        )
     try:
         kind = "zip" if start[:4] == b"PK\x03\x04" else "legacy"
         tree = (_read_zip if kind == "zip" else _read_legacy)(path, also)
