@@ -170,6 +170,10 @@ def test_parts_of_a_model_and_what_the_hub_does_not_have(hub: Hub, tmp_path: Pat
         assert user(load) == user(load[:-1] + ", local_files_only=True)") == "loaded AutoencoderKL"
         assert weights(hub.fetched) == ["vae/diffusion_pytorch_model.safetensors"]
 
+        hub.fetched.clear()
+        load = f"sdedit.DDIMScheduler.from_pretrained('owner/model', subfolder='scheduler', {cache('d')})"
+        assert user(load) == "loaded DDIMScheduler" and weights(hub.fetched) == []
+
         said = user("pipe('owner/nothing')")
         assert said.startswith("FileNotFoundError owner/nothing is no folder here, and could not be had from the hub")
         (hub.folder / "vae/diffusion_pytorch_model.safetensors").unlink()

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from sdedit.files import read_json, write_atomically
 from sdedit.loading.checkpoint import read_weights
+from sdedit.loading.sources import check_hub_arguments
 
 DEFAULT_NAME = "pytorch_lora_weights.safetensors"
 _USUAL = (DEFAULT_NAME, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
-_HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -48,8 +48,7 @@ def read_adapter(
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, holds anything but tensors, or there are several and no name was given.
     """
-    if wrong := sorted(set(hub) - _HUB):
-        raise TypeError(f"load_lora_weights has no argument {', '.join(wrong)}")
+    check_hub_arguments("load_lora_weights", hub)
     if isinstance(source, Mapping):
         if not source or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
             raise ValueError("the state dict of an adapter: expected tensors by name, and at least one")

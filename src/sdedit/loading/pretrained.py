@@ -17,6 +17,7 @@ import torch
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
 from sdedit.loading.checkpoint import choose_weights, clip_name, fill, forget_shards, vae_name, weight_files
+from sdedit.loading.sources import check_hub_arguments
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -49,8 +50,6 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # Settings and vocabularies: everything but the weights.
 _SMALL_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")
 
-_HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
-
 
 def find_folder(
     path_or_id: str | os.PathLike[str],
@@ -71,8 +70,7 @@ def find_folder(
     Raises:
         FileNotFoundError: It is neither a folder nor a model id, or the hub does not have it, or is out of reach.
     """
-    if wrong := sorted(set(hub) - _HUB):
-        raise TypeError(f"from_pretrained has no argument {', '.join(wrong)}")
+    check_hub_arguments("from_pretrained", hub)
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if Path(path_or_id).is_file():

@@ -19,6 +19,7 @@ from sdedit.loading.checkpoint import compare, put, read_weights
 from sdedit.loading.families import SD1, SD2, Sections, recognise, sort_names
 from sdedit.loading.headers import Header, TensorInfo, read_header
 from sdedit.loading.pretrained import COMPONENTS, find_folder, load_component, model_class
+from sdedit.loading.sources import check_hub_arguments
 from sdedit.loading.training_config import Training, find_training
 from sdedit.loading.vocabulary import SIZE, clip_tokenizer
 
@@ -36,7 +37,6 @@ _SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
-_HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
 
 
 @dataclass
@@ -203,8 +203,7 @@ def find_file(path_or_url: str | os.PathLike[str], **hub: Any) -> Path:
     Raises:
         FileNotFoundError: It is none of these, or the hub does not have it, or is out of reach.
     """
-    if wrong := sorted(set(hub) - _HUB):
-        raise TypeError(f"from_single_file has no argument {', '.join(wrong)}")
+    check_hub_arguments("from_single_file", hub)
     if Path(path_or_url).is_file():
         return Path(path_or_url)
     if Path(path_or_url).is_dir():

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-_HUB = {"revision", "cache_dir", "local_files_only", "token", "force_download"}
+HUB_ARGUMENTS = frozenset({"revision", "cache_dir", "local_files_only", "token", "force_download"})
+
+
+def check_hub_arguments(caller: str, hub: Collection[str]) -> None:
+    """Refuse, as Python does, arguments that neither `caller` nor the hub has."""
+    if wrong := sorted(set(hub) - HUB_ARGUMENTS):
+        raise TypeError(f"{caller} has no argument {', '.join(wrong)}")
 
 
 def find_file(
@@ -24,8 +30,7 @@ def find_file(
     Raises:
         FileNotFoundError: It is none of these, or holds none of the names, or the hub is out of reach.
     """
-    if wrong := sorted(set(hub) - _HUB):
-        raise TypeError(f"there is no argument {', '.join(wrong)}; expected some of {', '.join(sorted(_HUB))}")
+    check_hub_arguments("the loader", hub)
     path, text = Path(source), str(source)
     if path.is_file():
         return path

@@ -375,13 +375,22 @@ class Scheduler(Configurable):
         return [resolve(name) for name in CLASS_NAMES]
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str = "", **overrides: Any) -> Self:
-        """Make a scheduler from `folder/subfolder/scheduler_config.json`, of whichever class that is."""
-        return cls.from_config(Path(folder) / subfolder, **overrides)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
+    ) -> Self:
+        """Make a scheduler from the config, of whichever class, in a folder or of a hub id, mostly in its `subfolder`.
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `folder/scheduler_config.json`."""
-        self.save_config(folder)
+        `overrides` are options of this class, and `revision`, `cache_dir`, `local_files_only`, … for the hub.
+        """
+        from sdedit.loading.pretrained import find_folder
+        from sdedit.loading.sources import HUB_ARGUMENTS
+
+        hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}
+        here = Path(pretrained_model_name_or_path)
+        here = here if here.exists() else find_folder(here.as_posix(), components=(), **hub)
+        return cls.from_config(here / (subfolder or ""), **overrides)
+
+    save_pretrained = Configurable.save_config
 
 
 def mix(p: float | Tensor, x: Tensor, q: float | Tensor, y: Tensor) -> Tensor:
