@@ -10,26 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from sdedit.loading.ldm import unet_parts
+
 Target = tuple[str, str]  # component ("unet" or "text_encoder") and module name
 
 _PREFIX = re.compile(r"^(?:base_model_model_|lora_|lycoris_|unet_|te1?_|text_encoder_|model_diffusion_model_)+")
 
-# Layers of a residual block by their LDM names.
-_LDM_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_LDM_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 # Projections of the text encoder as diffusers of early 2023 called them.
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -56,9 +42,9 @@ def index(names: Mapping[str, Iterable[str]]) -> dict[str, Target]:
     """
     found: dict[str, Target] = {}
     unet = list(names.get("unet", ()))
-    depth = 1 + max((int(m[1]) for n in unet if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)", n))), default=0)
+    places = unet_parts([f"{name}.weight" for name in unet])
     for name in unet:
-        for other in (name, _ldm_name(name, depth, unet)):
+        for other in (name, places[f"{name}.weight"].name.removesuffix(".weight")):
             flat = other.replace(".", "_")
             found[flat] = ("unet", name)
             if flat.endswith("_to_out_0"):
@@ -77,35 +63,6 @@ def is_text(flat: str) -> bool:
     return (
         re.match(r"(text_model_)?(encoder_layers_\d+_(self_attn|mlp)_|embeddings_|final_layer_norm)", flat) is not None
     )
-
-
-def _ldm_name(name: str, depth: int, names: list[str]) -> str:
-    """The name in the original code; `depth` is the number of residual blocks of a level on the way down."""
-    if name in _LDM_ENDS:
-        return _LDM_ENDS[name]
-    match = re.match(
-        r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
-    )
-    if match is None:
-        return name
-    way, kind, rest = match[1], match[3], match[5]
-    block, layer = int(match[2] or 0), int(match[4])
-    if kind == "resnets":
-        rest = _LDM_RESNET.get(rest, rest)
-    if way == "mid":
-        return f"middle_block.{2 * layer if kind == 'resnets' else 1}.{rest}"
-    if way == "down":
-        at = 1 + block * (depth + 1) + (depth if kind == "downsamplers" else layer)
-        return (
-            f"input_blocks.{at}.0.op"
-            if kind == "downsamplers"
-            else f"input_blocks.{at}.{int(kind == 'attentions')}.{rest}"
-        )
-    at = block * (depth + 1) + (depth if kind == "upsamplers" else layer)
-    if kind == "upsamplers":
-        attends = any(n.startswith(f"up_blocks.{block}.attentions.") for n in names)
-        return f"output_blocks.{at}.{1 + attends}.{rest}"
-    return f"output_blocks.{at}.{int(kind == 'attentions')}.{rest}"
 
 
 def numbered(names: Mapping[str, Iterable[str]], count: int) -> dict[str, Target]:
