@@ -102,22 +102,31 @@ def measure() -> tuple[dict[str, Any], list[Image.Image]]:
     return results, shown
 
 
+def plot(results: dict[str, Any]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for i, (name, rows) in enumerate(results.items()):
+        style = {
+            "color": f"C{i % 10}",
+            "marker": "os^"[i // 10],
+            "markersize": 4,
+            "linestyle": "--" if name in STOCHASTIC else "-",
+        }
+        axes[0].plot([row["unet_calls"] for row in rows], [row["rms"] for row in rows], label=name, **style)
+        axes[1].plot([row["seconds"] for row in rows], [row["rms"] for row in rows], **style)
+    axes[0].set(xlabel="UNet calls", ylabel="RMS distance to the 200-step answer", xscale="log", yscale="log")
+    axes[1].set(xlabel="seconds a picture, batch of 4, this machine", xscale="log", yscale="log")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "solvers-plot.png", dpi=90)
+
+
 def main() -> None:
     results, shown = measure()
     at = {name: next(row for row in rows if row["steps"] == SHOWN) for name, rows in results.items()}
     labels = ["200-step answer"]
     labels += [f"{n}{'*' * (n in STOCHASTIC)}\n{row['seconds']:.2f} s  {row['rms']:.3f}" for n, row in at.items()]
     contact_sheet(shown, labels, columns=5).save(ROOT / "docs" / "solvers.png")
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for name, rows in results.items():
-        style = {"marker": "o", "markersize": 3, "linestyle": "--" if name in STOCHASTIC else "-"}
-        axes[0].plot([row["unet_calls"] for row in rows], [row["rms"] for row in rows], label=name, **style)
-        axes[1].plot([row["seconds"] for row in rows], [row["rms"] for row in rows], **style)
-    axes[0].set(xlabel="UNet calls", ylabel="RMS distance to the 200-step answer", xscale="log", yscale="log")
-    axes[1].set(xlabel="seconds a picture, batch of 4, this machine", xscale="log", yscale="log")
-    axes[0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "solvers-plot.png", dpi=90)
+    plot(results)
     path = ROOT / "benchmarks" / "results" / "solvers.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
 
