@@ -378,10 +378,7 @@ class Scheduler(Configurable):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
-        """Make a scheduler from the config, of whichever class, in a folder or of a hub id, mostly in its `subfolder`.
-
-        `overrides` are options of this class, and `revision`, `cache_dir`, `local_files_only`, … for the hub.
-        """
+        """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
         from sdedit.loading.pretrained import find_folder
         from sdedit.loading.sources import HUB_ARGUMENTS
 
@@ -390,7 +387,9 @@ class Scheduler(Configurable):
         here = here if here.exists() else find_folder(here.as_posix(), components=(), **hub)
         return cls.from_config(here / (subfolder or ""), **overrides)
 
-    save_pretrained = Configurable.save_config
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `folder/scheduler_config.json`."""
+        self.save_config(folder)
 
 
 def mix(p: float | Tensor, x: Tensor, q: float | Tensor, y: Tensor) -> Tensor:
