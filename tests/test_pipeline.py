@@ -482,10 +482,6 @@ def test_saved_pipelines_draw_the_same(pipe: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(run(theirs), want, atol=1e-4, rtol=0)
 
 
-DEFAULT = Path(sdedit.__file__).parent / "default_model" / "model_index.json"
-
-
-@pytest.mark.skipif(not DEFAULT.is_file(), reason="the default model is not trained yet")
 def test_with_no_argument_the_default_model() -> None:
     made = StableDiffusionImg2ImgPipeline.from_pretrained()
     made.set_progress_bar_config(disable=True)

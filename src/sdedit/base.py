@@ -31,6 +31,7 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
     safety_checker: Any
     feature_extractor: Any
     image_encoder: Any
+    load_report: Any = None
 
     def __init__(self, *, requires_safety_checker: bool, **components: Any) -> None:
         for name in COMPONENTS:
@@ -157,24 +158,29 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
             **components_and_hub: A component by its name, instead of the file's, and `revision`, `cache_dir`,
                 `local_files_only`, `token`, `force_download` for the hub.
 
+        Returns:
+            The pipeline; its `load_report` says what was matched and what was left out (`SingleFileReport`).
+
         Raises:
             FileNotFoundError: The file is missing.
             ValueError: It is damaged, does not fit, or holds another kind of model.
         """
         from sdedit.loading.single_file import load_components as load_from_file
 
-        return cls(
-            **load_from_file(
-                pretrained_model_link_or_path,
-                torch_dtype=torch_dtype,
-                config=config,
-                original_config=original_config,
-                prediction_type=prediction_type,
-                image_size=image_size,
-                extract_ema=extract_ema,
-                **components_and_hub,
-            )
+        parts = load_from_file(
+            pretrained_model_link_or_path,
+            torch_dtype=torch_dtype,
+            config=config,
+            original_config=original_config,
+            prediction_type=prediction_type,
+            image_size=image_size,
+            extract_ema=extract_ema,
+            **components_and_hub,
         )
+        report = parts.pop("load_report")
+        pipe = cls(**parts)
+        pipe.load_report = report
+        return pipe
 
     def save_single_file(self, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:
         """Write UNet, VAE and text encoder to one `.safetensors` file that other programs read, too."""

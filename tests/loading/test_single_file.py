@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import SCHEDULE, SHARED, needs_shared, picture
@@ -471,6 +472,21 @@ def test_what_is_missing_or_does_not_fit(small: Any, files: dict[str, Path], cha
         load(tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="no single-file layout"):
         AutoencoderTiny.from_single_file(files["sd1"])
+
+
+def test_the_report_accounts_for_every_tensor(small: Any, changed: Any) -> None:
+    path = changed(lambda t: t | {"betas": torch.zeros(3), "something.else": torch.zeros(3)})
+    with pytest.warns(UserWarning, match="1 unknown"):
+        pipe = StableDiffusionImg2ImgPipeline.from_single_file(path, vae=small["sd1"].vae)
+    report = pipe.load_report
+    assert set(report.matched) == {"unet", "text_encoder"}  # the VAE was passed in
+    for name, count in report.matched.items():
+        assert count == len(getattr(pipe, name).state_dict())
+    assert report.unknown == ("something.else",)
+    assert "betas" in report.left_out and any(n.startswith("first_stage_model.") for n in report.left_out)
+    with safe_open(path, framework="pt") as file:
+        assert sum(report.matched.values()) + len(report.left_out) + len(report.unknown) == len(list(file.keys()))
+    assert report.prediction_type == "epsilon" and "1 unknown" in str(report)
 
 
 def test_the_vae_of_an_inpainting_model_is_fine(small: Any, changed: Any) -> None:

@@ -53,6 +53,30 @@ class Network:
     stored: dict[str, str]
 
 
+@dataclass(frozen=True)
+class SingleFileReport:
+    """What a load took from a single file. Every parameter of the networks matched: a load is an error otherwise.
+
+    Attributes:
+        family: Such as "Stable Diffusion 1.x".
+        prediction_type: What the UNet predicts.
+        matched: For each network that was loaded, how many parameters.
+        left_out: Tensors that were not needed: of training, averaged weights, networks that were passed in instead.
+        unknown: Tensors that belong to nothing known.
+    """
+
+    family: str
+    prediction_type: str
+    matched: dict[str, int]
+    left_out: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{name} {count}" for name, count in self.matched.items())
+        rest = f"{len(self.left_out)} tensors left out, {len(self.unknown)} unknown"
+        return f"{self.family}, {self.prediction_type}; parameters matched: {found}; {rest}"
+
+
 class SingleFile:
     """A single file whose header was read.
 
@@ -150,14 +174,22 @@ class SingleFile:
         bias = read_weights(self.path, [telling], self.header)[telling].float()
         return "v_prediction" if bias.std() > 0.09 else "epsilon"
 
-    def fill(self, networks: Collection[Network], torch_dtype: torch.dtype | None) -> None:
+    def fill(self, networks: Mapping[str, Network], torch_dtype: torch.dtype | None) -> SingleFileReport:
         """Read the weights of networks that were found to fit, and put them in."""
-        names = {network.stored[part.name] for network in networks for part in network.parts.values()}
+        names = {network.stored[part.name] for network in networks.values() for part in network.parts.values()}
         tensors = read_weights(self.path, names, self.header)
-        for one in networks:
+        for one in networks.values():
             read = {ours: part.read(tensors[one.stored[part.name]]) for ours, part in one.parts.items()}
             put(one.model, read, torch_dtype or torch.float32)
             one.model.eval()
+        unknown = tuple(self.sections.others)
+        return SingleFileReport(
+            self.recognised.family,
+            self.prediction_type,
+            {name: len(network.parts) for name, network in networks.items()},
+            tuple(sorted(set(self.header.tensors) - names - set(unknown))),
+            unknown,
+        )
 
 
 def _with_dots(ema: Mapping[str, str], unet: Mapping[str, str]) -> dict[str, str]:
@@ -250,7 +282,7 @@ def load_network(
     if recognised.refusal and not (name == "vae" and recognised.family.startswith((SD1, SD2))):
         raise ValueError(f"{path} cannot be loaded: {recognised.refusal}")
     network = file.network(name)
-    file.fill([network], torch_dtype)
+    file.fill({name: network}, torch_dtype)
     return network.model  # type: ignore[no-any-return]
 
 
@@ -265,7 +297,7 @@ def load_components(
     extract_ema: bool,
     **given: Any,
 ) -> dict[str, Any]:
-    """The constructor's arguments for a pipeline; see `StableDiffusionImg2ImgPipeline.from_single_file`.
+    """The constructor's arguments for a pipeline, and `load_report`; see `Pipeline.from_single_file`.
 
     Args:
         given: Components that are not to be loaded, and arguments for the hub.
@@ -288,7 +320,7 @@ def load_components(
     if file.sections.others:
         first = ", ".join(file.sections.others[:3])
         warnings.warn(f"{path.name}: {len(file.sections.others)} unknown tensors left out ({first}, …)", stacklevel=4)
-    file.fill(list(networks.values()), torch_dtype)
+    parts["load_report"] = file.fill(networks, torch_dtype)
     parts |= {name: network.model for name, network in networks.items()}
     return parts | {"requires_safety_checker": parts.get("safety_checker") is not None}
 
