@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from conftest import picture
-from sdedit.cli import _with_weight, app
+from sdedit.cli import app
+from sdedit.commands.options import with_weight
 from sdedit.metadata import Settings, read_settings
 
 FLAT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
@@ -75,7 +76,7 @@ def test_without_peft_the_error_says_what_to_install(folder, tmp_path, monkeypat
     ],
 )
 def test_weights(text, want):
-    assert _with_weight(text) == want
+    assert with_weight(text) == want
 
 
 def test_settings_survive_their_text():
