@@ -1,12 +1,13 @@
 """The strength that is just faithful enough: SDEdit's binary search (arXiv 2108.01073, section 3), several at a time.
 
 Faithfulness falls as strength rises, so the largest strength that keeps to a bound is found by halving; a batch of n
-candidates cuts what is left into n + 1 parts for the UNet calls of one picture. All candidates begin from the same noise
-and take all steps (`exact_steps`), so strength is continuous and nothing else changes between them.
+candidates cuts what is left into n + 1 parts for the UNet calls of one picture. All candidates begin from the same
+noise and take all steps (`exact_steps`), so strength is continuous and nothing else changes between them.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from sdedit import checks
 from sdedit.measures import FAITHFULNESS
 from sdedit.sweep import Sweep
 
-# Which of the pictures shown, counted from 0; told which was chosen last, if it was shown before.
-Choose = Callable[[Sweep, int | None], int]
+# Says which of the pictures is best, counted from 0, told which it chose before; None if that one will do.
+Choose = Callable[[Sweep, int | None], int | None]
 
 
 @dataclass
@@ -68,7 +69,7 @@ def search(
         measure: "l2" or "ssim".
         choose: Asked instead of the measure: called as `choose(sweep, last)` with the candidates of each round and
             the number of the one chosen before (`None` in the first round), it returns the number of the best, counted
-            from 0. The next round is drawn around it; the same one again ends the search.
+            from 0, between whose neighbours the next round is drawn; or `None`, to end with the one chosen before.
         candidates: New pictures of each round, in one batch, at least 1.
         tolerance: Of strength; in (0, 1].
         generator: Its state is where the noise of each picture begins; it is not moved on.
@@ -81,53 +82,91 @@ def search(
         Even strength 0, the guide through the VAE and back, falls short of the bound; that picture is then the result.
     """
     faithful = checks.number("faithful", faithful, 0, 1)
-    tolerance = checks.number("tolerance", tolerance, 1e-6, 1)
+    tolerance = checks.number("tolerance", tolerance, 1e-6, 0.99)
     candidates = checks.whole_number("candidates", candidates, 1)
     if measure not in FAITHFULNESS:
         raise ValueError(f"measure={measure!r}; expected one of {', '.join(FAITHFULNESS)}")
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    scores: dict[float, float] = {}
-    drawn, calls, best = Sweep([], [], [], []), 0, 0.0
-    low, high = 0.0, 1.0
-    levels = [i / candidates for i in range(candidates + 1)]
-    while True:
-        swept = pipe.sweep(image, prompt, levels, generator, exact_steps=True, **settings)
-        calls += pipe.num_timesteps
-        scores |= {s: FAITHFULNESS[measure](one, image) for s, one in zip(levels, swept.images, strict=True)}
-        drawn = drawn.merged(swept)
-        shown = drawn.between(low, high)
-        if choose is None:
-            best, low, high = _last_faithful(shown.strengths, [scores[s] >= faithful for s in shown.strengths])
-        else:
-            best, low, high = _chosen(shown, best if calls > pipe.num_timesteps else None, choose)
-        if high - low <= tolerance:
-            break
-        levels = [low + (high - low) * (i + 1) / (candidates + 1) for i in range(candidates)]
-    if choose is None and scores[best] < faithful:
+    calls = []
+
+    def draw(strengths: list[float]) -> Sweep:
+        swept: Sweep = pipe.sweep(image, prompt, strengths, generator, exact_steps=True, **settings)
+        calls.append(pipe.num_timesteps)
+        return swept
+
+    def score(picture: Image.Image) -> float:
+        return FAITHFULNESS[measure](picture, image)
+
+    def last_faithful(shown: Sweep, _last: float | None) -> tuple[float, list[float]]:
+        return _before_first_failure(shown.strengths, [score(one) >= faithful for one in shown.images])
+
+    def chosen(shown: Sweep, last: float | None) -> tuple[float, list[float]]:
+        return _chosen(shown, last, choose)  # type: ignore[arg-type]
+
+    best, drawn = _narrow(draw, chosen if choose else last_faithful, candidates, tolerance)
+    picture = drawn.images[drawn.strengths.index(best)]
+    found = Found(picture, best, score(picture), sum(calls), drawn)
+    if choose is None and found.faithfulness < faithful:
         warnings.warn(
             f"faithful={faithful:g}: even strength 0, the image through the VAE and back, reaches only "
-            f"{scores[best]:.3f} by {measure}",
+            f"{found.faithfulness:.3f} by {measure}",
             stacklevel=2,
         )
-    return Found(drawn.images[drawn.strengths.index(best)], best, scores[best], calls, drawn)
+    return found
 
 
-def _last_faithful(strengths: Sequence[float], kept: Sequence[bool]) -> tuple[float, float, float]:
-    """The strength before the first that is not faithful (or the first of all), and the bracket from the one to the other."""
-    first = next((i for i, ok in enumerate(kept) if not ok), len(kept))
-    last = max(first - 1, 0)
-    return strengths[last], strengths[last], strengths[min(first, len(strengths) - 1)] if first else strengths[0]
+def _narrow(
+    draw: Callable[[list[float]], Sweep],
+    judge: Callable[[Sweep, float | None], tuple[float, list[float]]],
+    candidates: int,
+    tolerance: float,
+) -> tuple[float, Sweep]:
+    """Draw ever closer candidates until the bracket is no wider than `tolerance`.
+
+    Args:
+        judge: Gets the candidates within the bracket and the best strength so far; returns the best and the edges
+            between which, and only there, to draw more.
+
+    Returns:
+        The best strength, and all that was drawn.
+    """
+    best, edges, drawn = None, [0.0, 1.0], Sweep([], [], [], [])
+    levels = [i / candidates for i in range(candidates + 1)]
+    while True:
+        drawn = drawn.merged(draw(levels))
+        best, edges = judge(drawn.between(edges[0], edges[-1]), best)
+        if edges[-1] - edges[0] <= tolerance + 1e-9:  # rounding must not cost a round
+            return best, drawn
+        levels = _spread(edges, candidates)
 
 
-def _chosen(shown: Sweep, last: float | None, choose: Choose) -> tuple[float, float, float]:
-    """The strength that was chosen, and the bracket between its neighbours; an empty one if it is the same again."""
-    before = None if last is None else shown.strengths.index(last)
-    i = checks.whole_number("choose: its answer", choose(shown, before), 0)
+def _spread(edges: Sequence[float], count: int) -> list[float]:
+    """`count` numbers between rising edges, such that the widest gap is as narrow as can be."""
+    gaps = list(itertools.pairwise(edges))
+    parts = [1] * len(gaps)
+    for _ in range(count):
+        widest = max(range(len(gaps)), key=lambda i: (gaps[i][1] - gaps[i][0]) / parts[i])
+        parts[widest] += 1
+    return [a + (b - a) * k / n for (a, b), n in zip(gaps, parts, strict=True) for k in range(1, n)]
+
+
+def _before_first_failure(strengths: Sequence[float], kept: Sequence[bool]) -> tuple[float, list[float]]:
+    """The last strength before the first that is not faithful, and these two as edges."""
+    if all(kept) or not kept[0]:
+        end = strengths[-1] if kept[0] else strengths[0]
+        return end, [end]
+    first = kept.index(False)
+    return strengths[first - 1], [strengths[first - 1], strengths[first]]
+
+
+def _chosen(shown: Sweep, last: float | None, choose: Choose) -> tuple[float, list[float]]:
+    """The strength that was chosen, between its neighbours as edges; alone, if the search is to end."""
+    answer = choose(shown, None if last is None else shown.strengths.index(last))
+    if answer is None and last is not None:
+        return last, [last]
+    i = checks.whole_number("choose: its answer", answer, 0)
     if i >= len(shown.strengths):
         raise ValueError(f"choose: its answer {i}; expected 0 to {len(shown.strengths) - 1}")
-    best = shown.strengths[i]
-    if i == before:
-        return best, best, best
-    return best, shown.strengths[max(i - 1, 0)], shown.strengths[min(i + 1, len(shown.strengths) - 1)]
+    return shown.strengths[i], shown.strengths[max(i - 1, 0) : i + 2]

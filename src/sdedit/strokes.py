@@ -21,7 +21,7 @@ def simulate_strokes(image: Image.Image, colors: int = 6, kernel: int = 23) -> I
             grows with its square.
 
     Returns:
-        A picture of the same size, mode RGB; what is clear counts as white, and an alpha channel is given back as it was (RGBA).
+        A picture of the same size, RGB. What is clear counts as white; an alpha channel is given back as it was (RGBA).
 
     Raises:
         ValueError, TypeError: An argument is not as described.
