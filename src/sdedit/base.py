@@ -16,12 +16,13 @@ from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
+from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
 from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
