@@ -63,6 +63,14 @@ def check_output(output: Path) -> None:
         raise ValueError(f"-o {output}: expected a picture's name, such as out.png, in a folder that exists")
 
 
+def numbers(name: str, text: str) -> list[float]:
+    """`0.2,0.5` as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} {text}; expected numbers with commas between them") from None
+
+
 def beside(picture: Path, name: str) -> Path:
     """A path as a picture's settings hold it: relative to the picture's folder."""
     return Path(os.path.normpath(picture.absolute().parent / name))
