@@ -42,10 +42,10 @@ def test_a_flat_picture_is_its_colour_alone() -> None:
     axes = [(r + g + b) / math.sqrt(3), (r - g) / math.sqrt(2), (r + g - 2 * b) / math.sqrt(6)]
     assert torch.allclose(found[0, :3], torch.stack(axes), atol=1e-6)
     assert first_order(found).abs().max() < 1e-5
-    assert found[0, 63:].abs().max() < 1e-2  # log 1
+    assert found[0, 3 + 3 * SCALES * ORIENTATIONS :].abs().max() < 1e-2  # log 1
 
 
-@pytest.mark.parametrize(("fx", "fy"), [(16, 0), (0, 32), (8, 8), (5, -5), (43, 0)])
+@pytest.mark.parametrize(("fx", "fy"), [(8, 0), (0, 16), (4, 4), (3, -3), (21, 0)])
 def test_a_wave_has_the_modulus_of_the_formula(fx: int, fy: int) -> None:
     """A wave of amplitude A has the envelope A/2·ψ̂(ω), for each filter, and no second order at all."""
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
@@ -66,7 +66,7 @@ def test_a_wave_has_the_modulus_of_the_formula(fx: int, fy: int) -> None:
 
 def test_shifts_change_nothing() -> None:
     pixels = random_pictures(2)
-    shifted = torch.roll(pixels, (37, -50), (2, 3))
+    shifted = torch.roll(pixels, (37, -20), (2, 3))
     assert torch.allclose(wavelet_features(pixels), wavelet_features(shifted), atol=1e-4)
 
 
@@ -74,12 +74,12 @@ def test_a_mirror_image_swaps_orientations() -> None:
     pixels = random_pictures(1)
     pixels = pixels + 0.3 * pixels.roll((3, 3), (2, 3))  # with a direction of its own
     plain, mirrored = (first_order(wavelet_features(p))[0] for p in (pixels, pixels.flip(3)))
-    assert torch.allclose(mirrored, plain[:, :, [0, 3, 2, 1]], atol=1e-4)
-    assert not torch.allclose(mirrored, plain, atol=1e-3)
+    assert torch.allclose(mirrored, plain[:, :, [0, 3, 2, 1]], atol=5e-4)  # the highest frequency has no mirror image
+    assert not torch.allclose(mirrored, plain, atol=2e-3)
 
 
 def test_a_picture_is_the_same_alone_and_in_a_batch() -> None:
-    pixels = random_pictures(3, 64)
+    pixels = random_pictures(3, 80)
     assert torch.allclose(wavelet_features(pixels)[1:2], wavelet_features(pixels[1:2]), atol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_second_order_tells_a_lone_edge_from_a_texture() -> None:
     edge = torch.zeros(1, 3, SIDE, SIDE)
     edge[..., SIDE // 2 :] = 1
     x = torch.arange(SIDE).expand(SIDE, SIDE)
-    bars = (0.5 + 0.5 * torch.cos(2 * math.pi * 21 * x / SIDE)).expand(1, 3, SIDE, SIDE)
+    bars = (0.5 + 0.5 * torch.cos(2 * math.pi * 11 * x / SIDE)).expand(1, 3, SIDE, SIDE)
     ratios = []
     for pixels in (edge, bars):
         found = wavelet_features(pixels)
