@@ -18,9 +18,10 @@ from sdedit.loading.pretrained import COMPONENTS, load_components, save_componen
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.models.adapters import set_aside
 from sdedit.sweep import STRENGTHS, Sweep, sweep
+from sdedit.text_prompts import TextPrompts
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
