@@ -73,12 +73,14 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         exact_steps=settings.exact_steps,
         extra_noise=settings.extra_noise,
+        repeats=settings.repeats,
         prompt_weighting=settings.weighting,
     )
     seconds = time.perf_counter() - started
     save_all(drawn.images, seeds, settings, output)
     say(settings.to_text().splitlines()[-1])
-    say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
+    times = f"{settings.repeats} times " if settings.repeats > 1 else ""
+    say(f"{times}{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
 def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
