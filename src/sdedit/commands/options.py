@@ -39,6 +39,7 @@ Lora = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and printed if not given.")]
 Count = Annotated[int, typer.Option(help="Pictures to make, with the seeds SEED, SEED+1, …")]
+Repeats = Annotated[int, typer.Option(help="Noise and denoise so often: more realistic, slower.")]
 ExactSteps = Annotated[
     bool, typer.Option("--exact-steps", help="Run all of --steps, whatever the strength, which is then continuous.")
 ]
