@@ -34,6 +34,22 @@ class Memory:
         for model in (self.unet, self.vae):
             model.disable_xformers_memory_efficient_attention()
 
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one after the other."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode them all at once again."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self, max_bytes: int | None = None) -> None:
+        """Encode and decode large pictures in strips, without seams: see `VaeOptions.enable_tiling`."""
+        self.vae.enable_tiling(max_bytes=max_bytes)
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode them whole again."""
+        self.vae.disable_tiling()
+
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Reweigh the UNet's skips and features (arXiv 2309.11497), see `UNet2DConditionModel.enable_freeu`."""
         self.unet.enable_freeu(s1, s2, b1, b2)
