@@ -18,6 +18,7 @@ from sdedit.loading.pretrained import COMPONENTS, load_components, save_componen
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
+from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
@@ -96,6 +97,10 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
     ) -> Sweep:
         """Draw an image at several strengths in one batch, from the same noise: see `sdedit.sweep`."""
         return sweep(self, image, prompt, strengths, generator, **settings)
+
+    def search(self, image: Image, prompt: str, faithful: float = 0.9, **options: Any) -> Found:
+        """Find the largest strength that is still faithful, or the one that somebody picks: see `sdedit.search`."""
+        return search(self, image, prompt, faithful, **options)
 
     @classmethod
     def from_pretrained(
