@@ -152,6 +152,12 @@ class Strips:
 
         return func(*whole(args), **{name: whole(value) for name, value in kwargs.items()})
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself for another device: strips are made where the network's weights are."""
+        if len(args) == 1 and isinstance(args[0], (str, int, torch.device)):
+            return self
+        return self.whole().to(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         # A tensor's methods and attributes that are not here.
         if name.startswith("__"):
