@@ -3,7 +3,8 @@
     python training/evaluate.py [FOLDER]
 
 The folder is src/sdedit/default_model unless another is named. Figures go to its figures.json, what becomes of
-the doodles in examples/ to its doodles.png, and the card, made from card.md, to its README.md. Every draw has its own seed, so the same folder gives the same figures on the same machine.
+the doodles in examples/ to its doodles.png, and the card, made from card.md, to its README.md. Every draw has its own
+seed, so the same folder gives the same figures on the same machine.
 """
 
 import argparse

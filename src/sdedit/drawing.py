@@ -23,6 +23,15 @@ def say(text: str) -> None:
 
 def ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any, Image]:
     """The pipeline and the input image that settings ask for; what they left open is filled in."""
+    pipe = ready_pipe(settings, device)
+    settings.framed = settings.framed or (size == "auto" and settings.model == "default")
+    guide = resized(guide, size, pipe, settings.framed)
+    settings.size = guide.size
+    return pipe, guide
+
+
+def ready_pipe(settings: Settings, device: str) -> Any:
+    """The pipeline that settings ask for; what they left open is filled in."""
     from sdedit import __version__
     from sdedit.schedulers.names import SCHEDULERS, make_scheduler
 
@@ -39,13 +48,11 @@ def ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any
     if not own:
         pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
     load_adapters(pipe, settings)
-    settings.framed = settings.framed or (size == "auto" and settings.model == "default")
-    guide = resized(guide, size, pipe, settings.framed)
-    settings.size, settings.dtype = guide.size, str(dtype).removeprefix("torch.")
+    settings.dtype = str(dtype).removeprefix("torch.")
     settings.scheduler = settings.scheduler or "own"
     settings.sampler, settings.schedule_type = sampler_label(pipe.scheduler)
     settings.version = f"sdedit {__version__}"
-    return pipe, guide
+    return pipe
 
 
 def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
@@ -67,12 +74,14 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         exact_steps=settings.exact_steps,
         extra_noise=settings.extra_noise,
+        repeats=settings.repeats,
         prompt_weighting=settings.weighting,
     )
     seconds = time.perf_counter() - started
     save_all(drawn.images, seeds, settings, output)
     say(settings.to_text().splitlines()[-1])
-    say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
+    times = f"{settings.repeats} times " if settings.repeats > 1 else ""
+    say(f"{times}{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
 def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
