@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
+from sdedit.cli import app
 from sdedit.framing import framed
+from sdedit.metadata import read_settings
 
 
 def sheet(size: tuple[int, int], at: tuple[int, int], colour: str = "white", mode: str = "RGB") -> Image.Image:
@@ -73,3 +78,20 @@ def test_specks_and_grain_are_not_drawn() -> None:
     grain = np.clip(pixels + np.random.default_rng(0).normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
     grain[5, 290] = 0
     assert framed(Image.fromarray(grain)).width == pytest.approx(112, abs=3)
+
+
+def test_run_and_again_frame_for_the_default_model(tmp_path: Path) -> None:
+    sheet((300, 200), (180, 120)).save(tmp_path / "doodle.png")
+    for command in (
+        ["run", tmp_path / "doodle.png", "fish", "-o", tmp_path / "fish.png", "--steps", "3", "--seed", "0"],
+        ["again", tmp_path / "fish.png"],
+        ["run", tmp_path / "doodle.png", "fish", "-o", tmp_path / "as-is.png", "--steps", "3", "--size", "original"],
+    ):
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+    pictures = [Image.open(tmp_path / name) for name in ("fish.png", "fish-again.png", "as-is.png")]
+    for picture in pictures:
+        picture.load()  # and close the file
+    assert [picture.size for picture in pictures] == [(128, 128), (128, 128), (300, 200)]
+    assert [read_settings(picture.filename).framed for picture in pictures] == [True, True, False]
+    assert np.array_equal(*map(np.asarray, pictures[:2]))

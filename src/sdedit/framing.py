@@ -54,7 +54,7 @@ def drawn_box(image: Image.Image) -> tuple[tuple[int, int, int, int], tuple[int,
     drawn = _far(pixels, colour) > _APART
     if not drawn.any():
         return None
-    (top, bottom), (left, right) = (_span(drawn.any(axis)) for axis in (1, 0))
+    (top, bottom), (left, right) = (_span(np.flatnonzero(drawn.any(axis))) for axis in (1, 0))
     box = tuple(round(edge * scale) for edge in (left, top, right, bottom))
     red, green, blue = colour.tolist()
     return box, (red, green, blue)  # type: ignore[return-value]
@@ -64,7 +64,6 @@ def _far(pixels: Array, colour: Array) -> Array:
     return np.abs(pixels - colour).max(-1)  # type: ignore[no-any-return]
 
 
-def _span(used: Array) -> tuple[int, int]:
-    """First used place, and the one after the last."""
-    places = np.flatnonzero(used)
+def _span(places: Array) -> tuple[int, int]:
+    """First place, and the one after the last."""
     return int(places[0]), int(places[-1]) + 1
