@@ -22,7 +22,7 @@ from captions import UNSEEN_STYLE, starred, things, unseen
 from card import write_card
 from data import SIZE, STYLES, Item, load, on_ground
 from doodles import doodle_sheet
-from features import Judge, find_themselves
+from features import Judge, find_themselves, share_right
 from paths import EXPORT, read_json, write_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.commands.options import SUITED
@@ -102,14 +102,6 @@ def drawn(pipe: Any, draws: list[Draw], strength: float, **settings: Any) -> lis
     return [np.asarray(picture, np.float32) for picture in pictures]
 
 
-def share_right(judge: Judge, pictures: list[np.ndarray], draws: list[Draw]) -> dict[str, float]:
-    """Shares of the draws whose nearest neighbour among all real pictures is the right thing, is in the right style."""
-    found = np.array(judge.nearest(pictures))
-    asked = np.array([(draw.name, draw.style) for draw in draws])
-    thing, style = (found == asked).mean(0)
-    return {"thing": float(thing), "style": float(style), "draws": len(draws)}
-
-
 def measure(pipe: Any, first_new: int = 0, count: int = 200) -> dict[str, Any]:
     """All figures of a pipeline.
 
@@ -148,7 +140,8 @@ def measure(pipe: Any, first_new: int = 0, count: int = 200) -> dict[str, Any]:
         "random": {"thing": chance(items, listed), "style": 1 / len(STYLES)},
     }
     for key, (draws, strength) in tests.items():
-        figures[key] = share_right(judge, drawn(pipe, draws, strength, **settings), draws)
+        found = judge.nearest(drawn(pipe, draws, strength, **settings))
+        figures[key] = share_right(found, [(draw.name, draw.style) for draw in draws])
         print(key, figures[key], flush=True)
     return figures
 

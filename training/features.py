@@ -1,4 +1,4 @@
-"""Features by which a drawn picture is compared with all real ones: some tell things apart, some tell styles.
+"""Features by which a drawn picture is compared with all real ones: which is it nearest to?
 
     python training/features.py
 
@@ -38,7 +38,7 @@ def gradients(pixels: Array) -> tuple[Array, NDArray[np.int64]]:
     return np.hypot(down, right), direction
 
 
-def thing_features(pixels: Array) -> Array:
+def layout(pixels: Array) -> Array:
     """(N, 128, 128, 3) in [0, 1] → (N, 1280): colours of 16x16 blocks, and directions of edges in 8x8 cells."""
     colours = blocks(pixels, 16).reshape(len(pixels), -1)
     strength, direction = gradients(pixels)
@@ -49,7 +49,7 @@ def thing_features(pixels: Array) -> Array:
     return np.concatenate([colours, votes.reshape(len(pixels), -1)], 1).astype(np.float32)
 
 
-def style_features(pixels: Array) -> Array:
+def texture(pixels: Array) -> Array:
     """(N, 128, 128, 3) in [0, 1] → (N, 114): how colours, edges and fine structure are distributed, not where."""
     strength, _ = gradients(pixels)
     light, dark = pixels.max(-1), pixels.min(-1)
@@ -82,7 +82,7 @@ def blur(pixels: Array) -> Array:
 
 
 class Metric:
-    """Features turned so that what differs within a class (a thing, a style) counts little.
+    """Features turned so that what differs within a class counts little (Fisher's discriminants, shrunk).
 
     Args:
         rows: (N, F) features of pictures.
@@ -110,39 +110,37 @@ class Metric:
 
 
 class Judge:
-    """Finds the real picture that a drawn one is nearest to, as a thing and as to its style.
+    """Finds the real picture that a drawn one is nearest to.
+
+    A class of its metric is one picture, moved and blurred in several ways: so a place on the sheet counts little, and
+    thing and style both count.
 
     Args:
         pictures: (N, 128, 128, 4), uint8, all of them; `items` says what they show.
-        fit: Rows from which the metrics are learned; all if not given.
+        fit: Rows from which the metric is learned; all if not given.
     """
 
     def __init__(self, pictures: np.ndarray, items: list[Item], fit: Sequence[int] | None = None) -> None:
         self.items = items
         fit = range(len(items)) if fit is None else fit
         moves = (moved(pictures[row], np.random.default_rng([row, n])) for row in fit for n in range(MOVES))
-        gallery, learned = features(map(on_ground, pictures)), features(moves)
-        names = np.unique([items[row].name for row in fit], return_inverse=True)[1]
-        styles = np.unique([items[row].style for row in fit], return_inverse=True)[1]
-        self.metrics = [Metric(rows, np.repeat(of, MOVES)) for rows, of in zip(learned, (names, styles), strict=True)]
-        self.gallery = [metric(rows) for metric, rows in zip(self.metrics, gallery, strict=True)]
+        self.metric = Metric(features(moves), np.repeat(np.arange(len(fit)), MOVES))
+        self.gallery = self.metric(features(map(on_ground, pictures)))
 
-    def nearest(self, drawn: Iterable[Array]) -> list[tuple[str, str]]:
-        """Pictures (128, 128, 3) in [0, 1] → the name and the style that each is nearest to."""
-        found = []
-        for metric, gallery, rows in zip(self.metrics, self.gallery, features(drawn), strict=True):
-            far = (gallery**2).sum(1) - 2 * metric(rows) @ gallery.T  # squared distances, but for a constant
-            found.append(far.argmin(1))
-        return [(self.items[a].name, self.items[b].style) for a, b in zip(*found, strict=True)]
+    def nearest(self, drawn: Iterable[Array]) -> list[Item]:
+        """Pictures (128, 128, 3) in [0, 1] → what the nearest real picture of each shows."""
+        places = self.metric(features(drawn))
+        far = (self.gallery**2).sum(1) - 2 * places @ self.gallery.T  # squared distances, but for a constant
+        return [self.items[row] for row in far.argmin(1)]
 
 
-def features(pictures: Iterable[Array]) -> tuple[Array, Array]:
-    """Of things and of styles, (N, F) each; few pictures are held at once."""
+def features(pictures: Iterable[Array]) -> Array:
+    """Pictures (128, 128, 3) in [0, 1] → (N, F); few pictures are held at once."""
     pictures, parts = iter(pictures), []
-    while part := list(islice(pictures, 64)):
-        parts.append((thing_features(np.stack(part)), style_features(np.stack(part))))
-    things, styles = zip(*parts, strict=True)
-    return np.concatenate(things), np.concatenate(styles)
+    while batch := list(islice(pictures, 64)):
+        pixels = np.stack(batch)
+        parts.append(np.concatenate([layout(pixels), texture(pixels)], 1))
+    return np.concatenate(parts)
 
 
 def moved(picture: np.ndarray, rng: np.random.Generator) -> Array:
@@ -162,10 +160,18 @@ def find_themselves(pictures: np.ndarray, items: list[Item], count: int = 400) -
     fit = [row for row, item in enumerate(items) if zlib.crc32(item.name.encode()) % 3]
     rng = np.random.default_rng(5)
     rest = rng.choice(sorted(set(range(len(items))) - set(fit)), count, replace=False)
-    found = Judge(pictures, items, fit).nearest([moved(pictures[row], rng) for row in rest])
-    shown = [(items[row].name, items[row].style) for row in rest]
-    thing, style = np.mean(np.array(found) == np.array(shown), axis=0)
-    return {"thing": float(thing), "style": float(style)}
+    found = Judge(pictures, items, fit).nearest(moved(pictures[row], rng) for row in rest)
+    return share_right(found, [(items[row].name, items[row].style) for row in rest])
+
+
+def share_right(found: Sequence[Item], asked: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Share of the found that have the name asked for, and share that have the style."""
+    pairs = list(zip(found, asked, strict=True))
+    return {
+        "thing": float(np.mean([item.name == name for item, (name, _) in pairs])),
+        "style": float(np.mean([item.style == style for item, (_, style) in pairs])),
+        "draws": len(pairs),
+    }
 
 
 if __name__ == "__main__":
