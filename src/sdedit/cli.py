@@ -12,6 +12,7 @@ import typer
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
 from sdedit.commands.sweep import sweep
+from sdedit.commands.train import app as train
 from sdedit.drawing import say
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)
