@@ -36,6 +36,7 @@ _KEYS = {
     "lora": "LoRA",
     "extra_noise": "Extra noise",
     "exact_steps": "Exact steps",
+    "repeats": "Repeats",
     "weighting": "Prompt weighting",
     "image": "Init image",
     "image_hash": "Init image hash",
@@ -43,6 +44,8 @@ _KEYS = {
     "dtype": "Precision",
     "version": "Version",
 }
+# Those that are written only if they differ from these.
+_USUAL = {"extra_noise": 0, "repeats": 1}
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Settings:
     dtype: str | None = None
     extra_noise: float = 0.0
     exact_steps: bool = False
+    repeats: int = 1
     weighting: bool = False
     version: str | None = None
 
@@ -85,7 +89,8 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and value is not False and value not in ((), []) and (name != "extra_noise" or value):
+            usual = name in _USUAL and value == _USUAL[name]
+            if value is not None and value is not False and value not in ((), []) and not usual:
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
                 written = "\n".join(value) if name == "embeddings" else written
                 if name == "lora":  # as the web UI writes them in a prompt

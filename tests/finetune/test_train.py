@@ -116,7 +116,7 @@ def test_one_picture_is_learned(dtype, folder, pictures, train):
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=dtype)
     for path in list(pictures.iterdir())[1:]:
         path.unlink()
-    settings = {"steps": 40, "batch_size": 4, "targets": EVERYWHERE, "learning_rate": 2e-2, "prompt_dropout": 0.0}
+    settings = {"steps": 30, "batch_size": 4, "targets": EVERYWHERE, "learning_rate": 2e-2, "prompt_dropout": 0.0}
     result = train(pipe=pipe, **settings)
     pipe.unet.float()
     pipe.text_encoder.float()
@@ -240,6 +240,10 @@ def test_pipelines_that_cannot_learn_are_refused(pipe, train, folder):
         train(pipe=half)
     with pytest.raises(ValueError, match="no text encoder"):
         train(pipe=StableDiffusionImg2ImgPipeline(**{**pipe.components, "text_encoder": None}))
+    pipe.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections first"):
+        train()
+    pipe.unfuse_qkv_projections()
     pipe.load_lora_weights(train("first.safetensors").path)
     with pytest.raises(ValueError, match="it has adapters; unload_lora_weights"):
         train()

@@ -20,7 +20,7 @@ from sdedit.cli import app
 @pytest.fixture
 def arguments(pictures, folder, tmp_path):
     picture(60, 44).save(tmp_path / "in.png")
-    quick = ("--steps", 40, "--batch", 1, "--rank", 2, "--every", 2, "--sample-strength", 0.1)
+    quick = ("--steps", 12, "--batch", 1, "--rank", 2, "--every", 3, "--sample-strength", 0.1)
     shown = ("--sample-prompt", "a cat", "--sample-image", tmp_path / "in.png", "--caption", "{}, ink")
     return ["train", "lora", pictures, "--model", folder, *quick, *shown]
 
@@ -41,15 +41,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, tmp_path):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert out == f"{stopped}\n" and "of 40 updates" in error and "stopped; the same command goes on" in error
+    assert out == f"{stopped}\n" and "of 12 updates" in error and "stopped; the same command goes on" in error
     for name in (stopped, tmp_path / "whole.safetensors"):
         out, error, code = sdedit(*arguments, "-o", name)
         assert code == 0, error
-        assert "40 of 40 updates" in error and "finished; samples and plot: " in error
+        assert "12 of 12 updates" in error and "finished; samples and plot: " in error
     first, second = load_file(stopped), load_file(tmp_path / "whole.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     made = {path.name for path in (tmp_path / "stopped-training").iterdir()}
-    assert {"checkpoint.safetensors", "loss.png", "samples-000000.png", "samples-000040.png"} <= made
+    assert {"checkpoint.safetensors", "loss.png", "samples-000000.png", "samples-000012.png"} <= made
 
 
 def test_errors_are_one_sentence(arguments, tmp_path):

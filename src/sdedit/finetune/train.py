@@ -27,6 +27,7 @@ from sdedit.finetune.settings import Settings
 from sdedit.finetune.stopping import Stop
 from sdedit.finetune.workers import Workers
 from sdedit.models import adapters
+from sdedit.models.attention_options import fused
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def _check_pipe(pipe: Any, settings: Settings) -> None:
         raise ValueError("pipe: it has no text encoder or tokenizer, and captions need both")
     if adapters.layers(pipe.unet) or adapters.layers(pipe.text_encoder) or pipe.unet.encoder_hid_proj is not None:
         raise ValueError("pipe: it has adapters; unload_lora_weights and unload_ip_adapter first")
+    if fused(pipe.unet):
+        raise ValueError("pipe: its projections are fused; unfuse_qkv_projections first")
     allowed = (torch.float32, torch.bfloat16)
     if pipe.dtype not in allowed:
         raise ValueError(f"pipe: {pipe.dtype}; expected float32 or bfloat16 (gradients are lost in float16)")

@@ -1,48 +1,24 @@
-"""What all schedulers share: a config, a time grid, the rows made from it, and a counter."""
+"""A plan that steps in PyTorch: what all sixteen public schedulers share beside their numbers."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdedit.config import Configurable
 from sdedit.noise import Generator, randn
 from sdedit.output import Output
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers import schedule as s
 from sdedit.schedulers.names import CLASS_NAMES, resolve
-from sdedit.schedulers.rows import Memory, Row
+from sdedit.schedulers.plan import Plan
+from sdedit.schedulers.rows import Memory
 
 Device = torch.device | str | None
-Betas = Sequence[float] | np.ndarray[Any, Any] | None
-
-# Values that options of several classes may have. Those of flow matching, which Stable Diffusion has none of, are
-# accepted where they turn it off.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": s.BETA_SCHEDULES,
-    "timestep_spacing": s.SPACINGS,
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "use_flow_sigmas": (False,),
-    "flow_shift": (1.0,),
-    "use_dynamic_shifting": (False,),
-    "time_shift_type": ("exponential",),
-    "shift_terminal": (None,),
-}
-_SIGMA_FLAGS = {
-    "karras": "use_karras_sigmas",
-    "exponential": "use_exponential_sigmas",
-    "beta": "use_beta_sigmas",
-    "lu": "use_lu_lambdas",
-}
 
 
 @dataclass
@@ -62,8 +38,8 @@ class SchedulerOutput(Output):
     pred_noised_sample: Tensor | None = None
 
 
-class Scheduler(Configurable):
-    """Base of the schedulers: a subclass gives its options (`__init__`), its grid (`_visit`) and its `solver`.
+class Scheduler(Plan):
+    """Base of the schedulers: the part of a plan that works on tensors.
 
     A run is `set_timesteps`, then for each of `timesteps`: `scale_model_input`, the UNet, and `step`. To start late
     (image-to-image), call `set_begin_index(i)` and take `timesteps[i:]`, with i a multiple of `order`. After
@@ -77,60 +53,15 @@ class Scheduler(Configurable):
         order: Evaluations of the UNet for each step.
     """
 
-    config_name = "scheduler_config.json"
-    order: ClassVar[int] = 1
-    solver: ClassVar[Callable[..., Row]]
-    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
-    layouts: ClassVar[tuple[str, ...]] = ()  # what `set_timesteps` takes beside the number and the device
-    exploding: ClassVar[bool] = False  # the sample is x/α
-    memoryless: ClassVar[bool] = False  # no row needs those before it, so `step` takes any of the timesteps
-    complete: ClassVar[bool] = False  # `step` works without `set_timesteps`, over all training steps
-    keep_signal: ClassVar[bool] = True  # the solver divides by α, so zero SNR is kept just above zero
-    bounded: ClassVar[bool] = True  # x0 can be clipped or thresholded
-    times_dtype: ClassVar[type[np.number[Any]]] = np.int64
-    x0_field: ClassVar[str | None] = "pred_original_sample"  # which field of the output x0 goes to
-    m_field: ClassVar[str | None] = None  # and m
-
     timesteps: Tensor
     sigmas: Tensor
-    num_inference_steps: int | None
-    threshold: tuple[float, float] | None  # (ratio, bound) of dynamic thresholding, if it is on
 
     def _start(self, **allowed: tuple[Any, ...]) -> None:
-        """Check the recorded config and build the noise schedule; what every `__init__` does."""
-        c, self._own = self.config, frozenset(inspect.signature(type(self).__init__).parameters) - {"self"}
-        for name, values in (_ALLOWED | {"prediction_type": self.predictions} | allowed).items():
-            if name in self._own:
-                s.check(name, c[name], values)
-        self._spacing = self._sigma_spacing()
-        count = c.num_train_timesteps
-        betas = np.asarray(c.trained_betas, dtype=np.float32) if c.trained_betas is not None else None
-        if betas is None:
-            betas = s.make_betas(c.beta_schedule, c.beta_start, c.beta_end, count)
-        elif betas.shape != (count,):
-            raise ValueError(f"trained_betas: got shape {betas.shape}; num_train_timesteps asks for ({count},)")
-        zero_snr = c.get("rescale_betas_zero_snr", False) and "rescale_betas_zero_snr" in self._own
-        self._schedule = s.Schedule(
-            s.zero_terminal_snr(betas) if zero_snr else betas,
-            clean_end=c.set_alpha_to_one if "set_alpha_to_one" in self._own else True,
-            keep_signal=zero_snr and self.keep_signal,
-        )
+        super()._start(**allowed)
         bar = self._schedule.alphas_cumprod
         self.betas = torch.from_numpy(self._schedule.betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.from_numpy(bar.astype(np.float32))
-        self._levels = torch.from_numpy(np.stack([np.sqrt(bar), np.sqrt(1 - bar)]))  # (2, T): α, σ
-        own = {k: c[k] for k in self._own} if self.bounded else {}
-        self.threshold = (c.dynamic_thresholding_ratio, c.sample_max_value) if own.get("thresholding") else None
-        self._clip = c.clip_sample_range if own.get("clip_sample") and not self.threshold else math.inf
-        self._set_grid(s.Grid(np.arange(count)[::-1], np.append(self._schedule.sigmas[::-1], 0.0)), None, None)
-
-    def _sigma_spacing(self) -> str | None:
-        """Which of "karras", "exponential", "beta" and "lu" the config asks for, if any."""
-        asked = [kind for kind, flag in _SIGMA_FLAGS.items() if flag in self._own and self.config[flag]]
-        if len(asked) > 1:
-            raise ValueError(f"{', '.join(_SIGMA_FLAGS[k] for k in asked)}: at most one of these can be True")
-        return asked[0] if asked else None
 
     # Time grids
 
@@ -152,49 +83,15 @@ class Scheduler(Configurable):
             **layout: Further options; `layouts` of the class names those that it takes, and says whether it takes
                 `timesteps` and `sigmas`.
         """
-        layout |= {"timesteps": timesteps, "sigmas": sigmas}
-        given = {k: v for k, v in layout.items() if v is not None}
-        if refused := sorted(set(given) - set(self.layouts)):
-            known = ", ".join(("num_inference_steps", "device", *self.layouts))
-            raise ValueError(f"{', '.join(refused)}: {type(self).__name__}.set_timesteps takes {known}")
-        own = [v for v in (timesteps, sigmas) if v is not None]
-        if len(own) + (num_inference_steps is not None) != 1:
-            raise ValueError("set_timesteps: expected one of num_inference_steps, and timesteps or sigmas where taken")
-        if own and self._spacing:
-            raise ValueError(f"timesteps, sigmas: cannot be set, {_SIGMA_FLAGS[self._spacing]} chooses them")
-        steps = num_inference_steps if num_inference_steps is not None else len(own[0]) - (sigmas is not None)
-        if steps < 1:
-            raise ValueError(f"num_inference_steps: got {steps}; expected 1 or more")
-        self._set_grid(self._visit(int(steps), **given), int(steps), device)
+        self.lay_out(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **layout)
+        self.timesteps = self.timesteps.to(device)
 
-    def _visit(self, steps: int, **layout: Any) -> s.Grid:
-        """The grid of a run of `steps`."""
-        raise NotImplementedError
-
-    def _set_grid(self, grid: s.Grid, steps: int | None, device: Device) -> None:
-        """Make `grid` the next run's."""
-        sigmas = grid.sigmas.astype(np.float32)
-        self._grid = grid._replace(times=grid.times.astype(self.times_dtype), sigmas=sigmas.astype(np.float64))
-        self.num_inference_steps = steps
-        self.timesteps = torch.from_numpy(self._grid.times).to(device)
-        self.sigmas = torch.from_numpy(sigmas)
-        self._solved: dict[Any, list[Row]] = {}
+    def _set_grid(self, grid: s.Grid, steps: int | None) -> None:
+        super()._set_grid(grid, steps)
+        self.timesteps = torch.from_numpy(self._grid.times)
+        self.sigmas = torch.from_numpy(self._grid.sigmas.astype(np.float32))
         self._begin: int | None = None
         self._rewind()
-
-    def _spaced(self, steps: int, train_steps: int | None = None, **layout: int) -> s.Array:
-        """Times by `config.timestep_spacing`, (steps,)."""
-        c = self.config
-        return s.space_times(
-            c.timestep_spacing, steps, train_steps or c.num_train_timesteps, offset=c.steps_offset, **layout
-        )
-
-    def _respaced(self, high: float, low: float, steps: int) -> tuple[s.Array, s.Array]:
-        """(times, sigmas) by the config's spacing of levels, from `high` to `low` or between the config's own ends."""
-        assert self._spacing is not None
-        low, high = self.config.get("sigma_min") or low, self.config.get("sigma_max") or high
-        sigmas = s.space_sigmas(self._spacing, high, low, steps)
-        return self._schedule.time_of(sigmas), sigmas
 
     # The run
 
@@ -222,11 +119,8 @@ class Scheduler(Configurable):
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Place of a time in `timesteps`; of its second appearance if there are several. Reads the device."""
-        times = self._grid.times if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
-        found = np.flatnonzero(times == times.dtype.type(float(timestep)))
-        if not len(found):
-            raise ValueError(f"timestep: {float(timestep)} is not among this scheduler's timesteps {times.tolist()}")
-        return int(found[min(1, len(found) - 1)])
+        times = None if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
+        return self.place_of(float(timestep), times)
 
     def _enter(self, timestep: float | Tensor | None) -> int:
         """Place of the row for this step; looked up only where nothing else says it."""
@@ -238,24 +132,6 @@ class Scheduler(Configurable):
         if self._index >= len(self._grid.times):
             raise ValueError("step: the run has ended; call set_timesteps, or set_begin_index to run it again")
         return self._index
-
-    def rows(self, first: int = 0, **options: Any) -> list[Row]:
-        """Rows of a run that starts at `timesteps[first]`, in floats; `rows.table` makes arrays of them.
-
-        Args:
-            first: Where the run starts.
-            **options: Those of the class's solver.
-        """
-        key = (first, *sorted(options.items()))
-        if key not in self._solved:
-            grid, steps = self._grid, self.num_inference_steps or len(self._grid.times)
-            mids = [] if grid.mids is None else grid.mids.tolist()
-            run = s.Run(self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids)
-            solved = [type(self).solver(run, i, **options) for i in range(first, len(run.times))]
-            self._solved[key] = row_functions.finish(
-                solved, clip=self._clip, threshold=self.threshold is not None, keep_m=self.m_field is not None
-            )
-        return self._solved[key]
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
@@ -337,13 +213,6 @@ class Scheduler(Configurable):
         index = self._enter(timestep)
         return sample * self.rows(self._first)[index - self._first].scale
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the noise that a run from nothing starts with."""
-        most = float(self._grid.sigmas.max()) if self.exploding else 1.0
-        ends = not self.exploding or self.config.timestep_spacing in ("linspace", "trailing")
-        return most if ends else math.sqrt(most**2 + 1)
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """α x0 + σ ε, or x0 + (σ/α) ε in schedulers that hold x/α, at the noise level of `timesteps`.
 
@@ -356,40 +225,17 @@ class Scheduler(Configurable):
         """
         at = self._index if self._index is not None else self._begin
         places = [self.index_for_timestep(t) for t in timesteps] if self._begin is None else [at]
-        levels = self._grid.sigmas[places]  # type: ignore[index]
-        alpha = np.ones_like(levels) if self.exploding else (1 + levels**2) ** -0.5
-        if len(levels) == 1:  # plain numbers need no copy to the device
-            return mix(float(alpha[0]), original_samples, float(levels[0] * alpha[0]), noise)
+        signal, level = self.levels(places)  # type: ignore[arg-type]
+        if len(level) == 1:  # plain numbers need no copy to the device
+            return mix(float(signal[0]), original_samples, float(level[0]), noise)
         shape = (-1, *(1 for _ in original_samples.shape[1:]))
-        p, q = (torch.from_numpy(v).to(original_samples.device).reshape(shape) for v in (alpha, levels * alpha))
+        p, q = (torch.from_numpy(v).to(original_samples.device).reshape(shape) for v in (signal, level))
         return mix(p, original_samples, q, noise)
-
-    def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
-
-    # Configs
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
         """The classes that this scheduler's config can make."""
         return [resolve(name) for name in CLASS_NAMES]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
-    ) -> Self:
-        """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        from sdedit.loading.pretrained import find_folder
-        from sdedit.loading.sources import HUB_ARGUMENTS
-
-        hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}
-        here = Path(pretrained_model_name_or_path)
-        here = here if here.exists() else find_folder(here.as_posix(), components=(), **hub)
-        return cls.from_config(here / (subfolder or ""), **overrides)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `folder/scheduler_config.json`."""
-        self.save_config(folder)
 
 
 def mix(p: float | Tensor, x: Tensor, q: float | Tensor, y: Tensor) -> Tensor:

@@ -1,24 +1,20 @@
-"""Schedulers that hold x/α, of k-diffusion's solvers: Euler, LMS, Heun, DPM-Solver-2, DPM++ SDE."""
+"""Plans that hold x/α, of k-diffusion's solvers: Euler, LMS, Heun, DPM-Solver-2, DPM++ SDE."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sdedit.noise import Generator
-from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput
+from sdedit.schedulers.plan import Betas, Plan
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import exploding as solvers
 
 
-class ExplodingScheduler(Scheduler):
-    """Base of the schedulers that hold x/α."""
+class Exploding(Plan):
+    """Base of the plans that hold x/α."""
 
     exploding = True
     times_dtype: ClassVar[type[np.number[Any]]] = np.float32
@@ -43,7 +39,7 @@ class ExplodingScheduler(Scheduler):
 # fmt: off
 
 
-class EulerDiscreteScheduler(ExplodingScheduler):
+class EulerDiscrete(Exploding):
     """Euler's method on noise levels (Karras et al. 2022, arXiv 2206.00364), with optional churn."""
 
     layouts = ("timesteps", "sigmas")
@@ -73,36 +69,18 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         last = 0.0 if self.config.final_sigmas_type == "zero" else self._schedule.sigmas[0]
         return Grid(times, np.append(levels, last))
 
-    def _set_grid(self, grid: Grid, steps: int | None, device: Any) -> None:
+    def _set_grid(self, grid: Grid, steps: int | None) -> None:
         if self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction":
             # The UNet is told (log s)/4, as those of EDM are.
             grid = grid._replace(times=np.log(grid.sigmas[: len(grid.times)].astype(np.float32)) / 4)
-        super()._set_grid(grid, steps, device)
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generator = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with options.
-
-        Args:
-            s_churn: How far noise raises the level before each step whose level is in [`s_tmin`, `s_tmax`].
-            s_noise: Scale of that noise.
-            generator: For that noise.
-        """
-        options: dict[str, Any] = {}
-        if s_churn:
-            options = {"churn": s_churn, "low": float(s_tmin), "high": float(s_tmax), "noise_scale": float(s_noise)}
-        return self._advance(model_output, timestep, sample, return_dict, generator, **options)
+        super()._set_grid(grid, steps)
 
 
-class EulerAncestralDiscreteScheduler(ExplodingScheduler):
+class EulerAncestralDiscrete(Exploding):
     """Euler's method to a lower noise level, then fresh noise up to the next one."""
 
     predictions = ("epsilon", "v_prediction")
     solver = staticmethod(solvers.euler_ancestral)
-    step = Scheduler.noisy_step  # type: ignore[assignment]
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
@@ -112,7 +90,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         self._start()
 
 
-class LMSDiscreteScheduler(ExplodingScheduler):
+class LMSDiscrete(Exploding):
     """Linear multistep: Adams-Bashforth on uneven noise levels (k-diffusion's `lms`)."""
 
     solver = staticmethod(solvers.lms)
@@ -124,26 +102,18 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         timestep_spacing: str = "linspace", steps_offset: int = 0,
     ) -> None:
         self._start()
-        self.set_timesteps(num_train_timesteps)
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with the `order` of the multistep formula, from 1."""
-        if order < 1:
-            raise ValueError(f"order: got {order}; expected 1 or more")
-        return self._advance(model_output, timestep, sample, return_dict, order=int(order))
+        self.lay_out(num_train_timesteps)
 
 
-class TwoStageScheduler(ExplodingScheduler):
-    """Base of the schedulers of order 2: a run of n steps has 2n - 1 evaluations, as the last step has but one."""
+class TwoStage(Exploding):
+    """Base of the plans of order 2: a run of n steps has 2n - 1 evaluations, as the last step has but one."""
 
     order = 2
     layouts: ClassVar[tuple[str, ...]] = ("num_train_timesteps",)
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
 
 
-class HeunDiscreteScheduler(TwoStageScheduler):
+class HeunDiscrete(TwoStage):
     """Heun's method on noise levels (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without churn)."""
 
     layouts = ("timesteps", "num_train_timesteps")
@@ -158,14 +128,14 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         steps_offset: int = 0,
     ) -> None:
         self._start()
-        self.set_timesteps(num_train_timesteps)
+        self.lay_out(num_train_timesteps)
 
     def _visit(self, steps: int, **layout: Any) -> Grid:
         times, sigmas = self._levels_at(steps, **layout)
         return Grid(solvers.interleave(times), np.append(solvers.interleave(sigmas), 0.0))
 
 
-class KDPM2DiscreteScheduler(TwoStageScheduler):
+class KDPM2Discrete(TwoStage):
     """DPM-Solver-2 (arXiv 2206.00927) as in k-diffusion: the midpoint method in log s."""
 
     ancestral = False
@@ -178,7 +148,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         timestep_spacing: str = "linspace", steps_offset: int = 0,
     ) -> None:
         self._start()
-        self.set_timesteps(num_train_timesteps)
+        self.lay_out(num_train_timesteps)
 
     def _visit(self, steps: int, **layout: Any) -> Grid:
         times, sigmas = self._levels_at(steps, **layout)
@@ -190,15 +160,14 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         return Grid(np.append(times[:1], both), solvers.interleave(ends), np.append(0.0, mids.repeat(2)))
 
 
-class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
+class KDPM2AncestralDiscrete(KDPM2Discrete):
     """DPM-Solver-2 to a lower noise level, then fresh noise up to the next one."""
 
     ancestral = True
     solver = staticmethod(solvers.midpoint_ancestral)
-    step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DPMSolverSDEScheduler(TwoStageScheduler):
+class DPMSolverSDE(TwoStage):
     """DPM-Solver++ SDE of second order (arXiv 2211.01095, as in k-diffusion), on one Brownian path; needs torchsde.
 
     The path depends on a seed alone, so more steps refine one image: `noise_sampler_seed` (one, or one for each
@@ -216,74 +185,10 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         steps_offset: int = 0,
     ) -> None:
         self._start()
-        self.set_timesteps(num_train_timesteps)
+        self.lay_out(num_train_timesteps)
 
     def _visit(self, steps: int, **layout: Any) -> Grid:
         times, sigmas = self._levels_at(steps, **layout)
         mids = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
         both = np.append(times[:1], np.stack([mids, times[1:]], axis=1).ravel())
         return Grid(both, np.append(solvers.interleave(sigmas), 0.0))
-
-    def _set_grid(self, grid: Grid, steps: int | None, device: Any) -> None:
-        super()._set_grid(grid, steps, device)
-        self._path: BrownianPath | None = None
-
-    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
-        """Increment of the path over the row of `timesteps[index]`, (B, C, H, W), with variance 1."""
-        if self._path is None:
-            self._path = BrownianPath(sample.shape, self.sigmas, self._seed(len(sample), generator))
-        second = (index - (self._first if self._begin is None else self._begin)) % 2
-        # The path is rough: levels that differ in the last bit give other noise. So it is asked for at levels that
-        # went through float32 logarithms and back, as it always was.
-        log = self.sigmas[index - second : index - second + 2].log().neg()
-        end = log[1] if second else log[0] + (log[1] - log[0]) * 0.5
-        return self._path(log[0].neg().exp(), end.neg().exp()).to(sample.device)
-
-    def _seed(self, count: int, generator: Generator) -> int | Sequence[int]:
-        if self.config.noise_sampler_seed is not None:
-            return self.config.noise_sampler_seed  # type: ignore[no-any-return]
-        each = generator if isinstance(generator, Sequence) else [generator] * count
-        return [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in each]
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
-        s_noise: float = 1.0, generator: Generator = None,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.noisy_step`, with `s_noise`, the scale of the noise."""
-        return self._advance(model_output, timestep, sample, return_dict, generator, noise_scale=float(s_noise))
-
-
-class BrownianPath:
-    """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree, on the CPU.
-
-    Args:
-        shape: Of the noise, (B, C, H, W).
-        sigmas: The levels.
-        seed: One, or one for each sample.
-    """
-
-    def __init__(self, shape: Sequence[int], sigmas: Tensor, seed: int | Sequence[int]) -> None:
-        try:
-            import torchsde  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError("DPMSolverSDEScheduler needs torchsde for its noise: pip install torchsde") from None
-        self._one = isinstance(seed, int)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        if not self._one and len(seeds) != shape[0]:
-            raise ValueError(f"noise_sampler_seed: got {seeds}; expected one, or one for each of {shape[0]} samples")
-        # torchsde rounds the ends of the path to its tolerance, and warns of what is asked for beyond them.
-        self._ends = round(float(sigmas[sigmas > 0].min()), 6), round(float(sigmas.max()), 6)
-        size = tuple(shape) if self._one else tuple(shape[1:])
-        self._paths = [
-            torchsde.BrownianInterval(
-                t0=self._ends[0], t1=self._ends[1], size=size, dtype=torch.float32, device="cpu",
-                entropy=one, tol=1e-6, cache_size=200, pool_size=24, halfway_tree=True,
-            )
-            for one in seeds
-        ]
-
-    def __call__(self, start: Tensor, end: Tensor) -> Tensor:
-        """Standard normal noise (B, C, H, W) of a step down from s = `start` to `end`, scalars on the CPU."""
-        low, high = max(float(end), self._ends[0]), min(float(start), self._ends[1])
-        drawn = [-path(low, high) / (start - end).sqrt() for path in self._paths]
-        return drawn[0] if self._one else torch.stack(drawn)

@@ -1,4 +1,4 @@
-"""Schedulers that integrate in λ = log(α/σ): DPM-Solver and DPM-Solver++, DEIS, UniPC."""
+"""Plans that integrate in λ = log(α/σ): DPM-Solver and DPM-Solver++, DEIS, UniPC."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from sdedit.noise import Generator
-from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput
+from sdedit.schedulers.plan import Betas, Plan
 from sdedit.schedulers.schedule import Array, Grid, check, descending
 from sdedit.schedulers.solvers import log_snr as solvers
 
@@ -25,8 +23,8 @@ _VARIANCES = (None, "learned", "learned_range", *_FIXED)
 _ORDERS = (1, 2, 3)
 
 
-class LogSNRScheduler(Scheduler):
-    """Base of the schedulers that integrate in λ and hold α x0 + σ ε."""
+class LogSNR(Plan):
+    """Base of the plans that integrate in λ and hold α x0 + σ ε."""
 
     x0_field = None
 
@@ -77,7 +75,7 @@ class LogSNRScheduler(Scheduler):
 # fmt: off
 
 
-class DPMSolverMultistepScheduler(LogSNRScheduler):
+class DPMSolverMultistep(LogSNR):
     """DPM-Solver++, DPM-Solver or their SDE forms, with earlier predictions as history (arXiv 2211.01095)."""
 
     layouts = ("timesteps",)
@@ -101,20 +99,12 @@ class DPMSolverMultistepScheduler(LogSNRScheduler):
     def _rounds(self) -> bool:
         return self._spacing in ("karras", "lu") and self.config.beta_schedule != "squaredcos_cap_v2"
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generator = None,
-        variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with `generator` for the SDE forms' noise, or `variance_noise` (B, C, H, W) itself."""
-        return self._advance(model_output, timestep, sample, return_dict, generator, variance_noise)
 
-
-class DPMSolverSinglestepScheduler(LogSNRScheduler):
+class DPMSolverSinglestep(LogSNR):
     """DPM-Solver++, DPM-Solver or the SDE form, in steps that span several levels (arXiv 2211.01095)."""
 
     layouts = ("timesteps",)
     solver = staticmethod(solvers.dpm_singlestep)
-    step = Scheduler.noisy_step  # type: ignore[assignment]
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
@@ -139,7 +129,7 @@ class DPMSolverSinglestepScheduler(LogSNRScheduler):
         return np.asarray(np.linspace(0, self._below_clipped() - 1, steps + 1).round()[:0:-1])
 
 
-class DEISMultistepScheduler(LogSNRScheduler):
+class DEISMultistep(LogSNR):
     """DEIS: exponential integrator with a polynomial in log(σ/α) through the last predictions (arXiv 2204.13902)."""
 
     solver = staticmethod(solvers.deis)
@@ -162,7 +152,7 @@ class DEISMultistepScheduler(LogSNRScheduler):
         return float(sigmas[-1] if self._spacing else self._schedule.sigmas[0])
 
 
-class UniPCMultistepScheduler(LogSNRScheduler):
+class UniPCMultistep(LogSNR):
     """UniPC: predictor and corrector of the same order, 1 to 3 (arXiv 2302.04867)."""
 
     solver = staticmethod(solvers.unipc)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sdedit.schedulers.base import Scheduler
+    from sdedit.schedulers.plan import Plan
 
-# Public class: module of this package.
+# Public class: the module that has its plan.
 CLASS_NAMES = {
     "DDIMScheduler": "training_steps",
     "DDPMScheduler": "training_steps",
@@ -87,8 +88,14 @@ def resolve(class_name: str) -> type[Scheduler]:
     """The class of a name in `CLASS_NAMES`, imported."""
     if class_name not in CLASS_NAMES:
         raise ValueError(f"scheduler: no class {class_name!r}; there are {', '.join(CLASS_NAMES)}")
+    found: type[Scheduler] = getattr(importlib.import_module("sdedit.schedulers.classes"), class_name)
+    return found
+
+
+def resolve_plan(class_name: str) -> type[Plan]:
+    """The plan of a name in `CLASS_NAMES`: the same options, grid and solver, without PyTorch."""
     module = importlib.import_module(f"sdedit.schedulers.{CLASS_NAMES[class_name]}")
-    found: type[Scheduler] = getattr(module, class_name)
+    found: type[Plan] = getattr(module, class_name.removesuffix("Scheduler"))
     return found
 
 

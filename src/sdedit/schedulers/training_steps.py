@@ -1,17 +1,13 @@
-"""Schedulers whose times are training steps: DDIM, DDPM, PNDM, and those of the distilled LCM and TCD models."""
+"""Plans whose times are training steps: DDIM, DDPM, PNDM, and those of the distilled LCM and TCD models."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sdedit.noise import Generator
-from sdedit.schedulers.base import Betas, Scheduler, SchedulerOutput, mix
+from sdedit.schedulers.plan import Betas, Plan
 from sdedit.schedulers.schedule import Array, Grid, descending
 from sdedit.schedulers.solvers import training_steps as solvers
 
@@ -19,8 +15,8 @@ from sdedit.schedulers.solvers import training_steps as solvers
 _VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", None)
 
 
-class TrainingStepScheduler(Scheduler):
-    """Base of the schedulers whose times are training steps."""
+class TrainingStep(Plan):
+    """Base of the plans whose times are training steps."""
 
     keep_signal = False
 
@@ -33,32 +29,11 @@ class TrainingStepScheduler(Scheduler):
     def _at(self, times: Array) -> Grid:
         return Grid(times, np.append(self._schedule.sigma_at(times), 0.0))
 
-    @property
-    def final_alpha_cumprod(self) -> Tensor:
-        """ᾱ of the clean end, which the last step leads to, a scalar."""
-        return torch.tensor(self._schedule.bar(-1), dtype=torch.float32)
-
-    def _training_levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ at training steps (B,), each (B, 1, 1, 1), without reading the device."""
-        self._levels = self._levels.to(like.device)
-        alpha, sigma = self._levels[:, timesteps.to(like.device).long()].reshape(2, -1, *(1 for _ in like.shape[1:]))
-        return alpha, sigma
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α x0 + σ ε at training steps `timesteps`, (B,) or (1,) in [0, T-1]; (B, C, H, W)."""
-        alpha, sigma = self._training_levels(timesteps, original_samples)
-        return mix(alpha, original_samples, sigma, noise)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = α ε - σ x0 (arXiv 2202.00512) at training steps `timesteps`, (B,) or (1,); (B, C, H, W)."""
-        alpha, sigma = self._training_levels(timesteps, sample)
-        return mix(alpha, noise, -sigma, sample)
-
 
 # fmt: off
 
 
-class DDIMScheduler(TrainingStepScheduler):
+class DDIM(TrainingStep):
     """DDIM: deterministic, or with as much of DDPM's noise as `eta` says (arXiv 2010.02502)."""
 
     memoryless = True
@@ -73,31 +48,14 @@ class DDIMScheduler(TrainingStepScheduler):
     ) -> None:
         self._start()
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, eta: float = 0.0,
-        use_clipped_model_output: bool = False, generator: Generator = None, variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with options.
 
-        Args:
-            eta: Noise, from 0 (none) to 1 (as much as DDPM).
-            use_clipped_model_output: Take the noise from the clipped x0 instead of from the UNet.
-            generator: For the noise; or `variance_noise`, (B, C, H, W), the noise itself.
-        """
-        noise = (generator, variance_noise) if eta > 0 else ()
-        options: dict[str, Any] = {"eta": float(eta), "clipped_noise": bool(use_clipped_model_output)}
-        return self._advance(model_output, timestep, sample, return_dict, *noise, **options)
-
-
-class DDPMScheduler(TrainingStepScheduler):
+class DDPM(TrainingStep):
     """DDPM's ancestral sampling, over all training steps or some (arXiv 2006.11239)."""
 
     memoryless = True
     complete = True
     layouts = ("timesteps",)
     solver = staticmethod(solvers.ddpm)
-    step = Scheduler.noisy_step  # type: ignore[assignment]
 
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
@@ -108,23 +66,8 @@ class DDPMScheduler(TrainingStepScheduler):
     ) -> None:
         self._start(variance_type=_VARIANCES)
 
-    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
-        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
-        z, kind = super().draw_noise(sample, generator, index), str(self.config.variance_type)
-        if not kind.startswith("learned"):
-            return z
-        if said is None:
-            raise ValueError(f"model_output: variance_type {kind!r} needs {2 * sample.shape[1]} channels")
-        if kind == "learned":
-            return z * said**0.5
-        # The UNet says where log σ² lies between those of fixed_small and fixed_large (arXiv 2102.09672, equation 15).
-        bar, after = (self._schedule.bar(t) for t in [*self._grid.times.tolist(), -1][index : index + 2])
-        high = math.log(1 - bar / after)
-        low = math.log(max((1 - after) / (1 - bar) * (1 - bar / after), 1e-20))
-        return z * torch.exp((low + (said + 1) / 2 * (high - low)) / 2)
 
-
-class PNDMScheduler(TrainingStepScheduler):
+class PNDM(TrainingStep):
     """PNDM: multistep, started by Runge-Kutta or, without it (PLMS), by itself (arXiv 2202.09778).
 
     It evaluates once more than there are steps, or nine times more with Runge-Kutta.
@@ -152,8 +95,8 @@ class PNDMScheduler(TrainingStepScheduler):
         return self._at(np.append(np.stack([times[:3], halves, halves, times[1:4]], axis=1).ravel(), times[3:]))
 
 
-class DistilledScheduler(TrainingStepScheduler):
-    """Base of the schedulers of distilled models, which run on a few of the times that they were distilled on.
+class Distilled(TrainingStep):
+    """Base of the plans for distilled models, which run on a few of the times that they were distilled on.
 
     `set_timesteps` takes `original_inference_steps`, of the distillation, and `strength`: use only so much of the
     times, from the clean end.
@@ -195,15 +138,14 @@ class DistilledScheduler(TrainingStepScheduler):
         return np.arange(1, int(steps * strength) + 1) * (len(self) // steps) - 1
 
 
-class LCMScheduler(DistilledScheduler):
+class LCM(Distilled):
     """Multistep sampling of latent consistency models (arXiv 2310.04378), for 1 to 8 steps."""
 
     m_field = "denoised"
     solver = staticmethod(solvers.lcm)
-    step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class TCDScheduler(DistilledScheduler):
+class TCD(Distilled):
     """Sampling of trajectory consistency models (arXiv 2402.19159); clipping and thresholding do not apply."""
 
     m_field = "pred_noised_sample"
@@ -213,10 +155,3 @@ class TCDScheduler(DistilledScheduler):
     def _trained_times(self, original: int | None, strength: float) -> Array:
         # All training steps where `original_inference_steps` is given to set_timesteps: as published.
         return super()._trained_times(None, strength) if original is None else np.arange(int(len(self) * strength))
-
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, eta: float = 0.3,
-        generator: Generator = None, return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Any, ...]:
-        """`Scheduler.step`, with `eta`, the paper's γ in [0, 1] (0 adds no noise), and `generator`, for the noise."""
-        return self._advance(model_output, timestep, sample, return_dict, generator, eta=float(eta))
