@@ -37,7 +37,7 @@ def pipe(pipe):
 def batches(pipe, folder, settings):
     """What a run of these settings is shown."""
     examples = read_folder(folder)
-    latents = encode_pictures(pipe.vae, examples, 64, settings.flip)
+    latents = encode_pictures(pipe.vae, examples, 64, flip=settings.flip, guides=8 if settings.guided else 0)
     captions = list(dict.fromkeys(["", *(e.caption for e in examples)]))
     with torch.no_grad():
         texts = pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0]
@@ -110,6 +110,22 @@ def test_the_file_gives_the_picture_of_diffusers(pipe, train, folder, tmp_path):
         torch.testing.assert_close(seen, drawn[0], atol=0.6 / 255, rtol=0)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_guided_samples_lead_from_a_guide_to_the_picture(prediction, pipe, pictures):
+    """What is to be predicted, taken as the prediction, gives the picture; the sample itself is a noisy guide."""
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+    given = Settings(batch_size=64, guided=1.0)
+    shown, plain = (batches(pipe, pictures, s) for s in (given, Settings(batch_size=64)))
+    rows = torch.tensor(train_module.shuffled(3 * 64, 64, 3, 0))
+    mean, std = shown.latents.mean[rows, 0, 0], shown.latents.std[rows, 0, 0]
+    ((noisy, times, _, target),), ((ordinary, _, _, _),) = shown.draw(3), plain.draw(3)
+    alpha, sigma = shown.objective.levels(times)
+    clean = (noisy - sigma * target) / alpha if prediction == "epsilon" else alpha * noisy - sigma * target
+    assert ((clean - mean).abs() / std).max() < 6
+    away = (noisy - ordinary).flatten(1).abs().amax(1)
+    assert (away[times < 250] < 1e-5).all() and (away[times >= 250] > 1e-5).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_picture_is_learned(dtype, folder, pictures, train):
     """The error of what the network predicts for a picture, with noise that it never saw, falls to under half."""
@@ -154,7 +170,7 @@ def contents(result):
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_going_on_comes_to_the_same_bits(text_encoder, train, monkeypatch):
-    more = {"text_encoder": text_encoder, "steps": 7, "flip": True}
+    more = {"text_encoder": text_encoder, "steps": 7, "flip": True, "guided": 0.5}
     whole = train("whole.safetensors", **more)
     assert whole.finished and whole.step == len(whole.losses) == 7
     handler = signal.getsignal(signal.SIGINT)
@@ -240,10 +256,9 @@ def test_pipelines_that_cannot_learn_are_refused(pipe, train, folder):
         train(pipe=half)
     with pytest.raises(ValueError, match="no text encoder"):
         train(pipe=StableDiffusionImg2ImgPipeline(**{**pipe.components, "text_encoder": None}))
-    pipe.fuse_qkv_projections()
+    half.to(torch.float32).fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse_qkv_projections first"):
-        train()
-    pipe.unfuse_qkv_projections()
+        train(pipe=half)
     pipe.load_lora_weights(train("first.safetensors").path)
     with pytest.raises(ValueError, match="it has adapters; unload_lora_weights"):
         train()

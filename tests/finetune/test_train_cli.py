@@ -74,12 +74,20 @@ def test_every_option_reaches_the_training(pictures, tmp_path, monkeypatch):
     typed = shlex.split(
         "--steps 7 --batch 3 --accumulate 2 --rate 0.01 --warmup 4 --rank 6 --alpha 3 --targets to_q,conv1 "
         "--text-encoder --min-snr 0 --dropout 0.2 --size 96 --flip --seed 8 --precision float32 --every 9 "
-        "--no-samples --restart --caption ink"
+        "--no-samples --guided 0.4 --restart --caption ink"
     )
     ran = CliRunner().invoke(app, ["train", "lora", str(pictures), "-o", str(tmp_path / "x.safetensors"), *typed])
     assert ran.exit_code == 0, ran.output + repr(ran.exception)
     expected = {"steps": 7, "batch_size": 3, "accumulation": 2, "learning_rate": 0.01, "warmup": 4, "rank": 6}
     expected |= {"alpha": 3.0, "targets": ("to_q", "conv1"), "text_encoder": True, "min_snr_gamma": None}
-    expected |= {"prompt_dropout": 0.2, "size": 96, "flip": True, "seed": 8, "precision": "float32", "every": 9}
+    expected |= {
+        "prompt_dropout": 0.2,
+        "size": 96,
+        "flip": True,
+        "seed": 8,
+        "precision": "float32",
+        "every": 9,
+        "guided": 0.4,
+    }
     expected |= {"restart": True, "caption": "ink", "folder": pictures}
     assert seen.pop("samples").prompts == [] and seen == expected

@@ -42,6 +42,10 @@ def lora(
     caption: Annotated[str, typer.Option(help="'{}' stands for a picture's own: '{}, blueprint'.")] = "{}",
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the model's own.")] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Show pictures mirrored half of the time.")] = False,
+    guided: Annotated[
+        float,
+        typer.Option(help="Share of samples that start from recoloured, blurred pictures, as from a user's image."),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same LoRA.")] = 0,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     device: o.Device = "auto",
@@ -91,6 +95,7 @@ def lora(
         caption=caption,
         size=size,
         flip=flip,
+        guided=guided,
         precision=precision,
         seed=seed,
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdedit.finetune.objective import fresh_rng
 from sdedit.images import open_image, read_images
 from sdedit.precision import finite
 
@@ -149,34 +150,52 @@ class Latents:
     """What the VAE says of each picture: a normal distribution of latents, times `scaling_factor`.
 
     Attributes:
-        mean, std: (N, V, C, h, w) on the CPU; V is 2 if pictures are shown mirrored too, else 1.
+        mean, std: (N, V, G, C, h, w) on the CPU; V is 2 if pictures are shown mirrored too, else 1. The first of the
+            G is the picture, the others are guides to it.
     """
 
     mean: Tensor
     std: Tensor
 
-    def draw(self, rows: Sequence[int], versions: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A sample for each of B pictures, (B, C, h, w)."""
-        at = (torch.tensor(rows), torch.tensor(versions))
-        mean, std = self.mean[at], self.std[at]
+    def draw(self, rows: Tensor, versions: Tensor, kinds: Tensor, generator: torch.Generator) -> Tensor:
+        """A sample for each of B pictures, mirrored or not, or of a guide to it, (B, C, h, w)."""
+        mean, std = self.mean[rows, versions, kinds], self.std[rows, versions, kinds]
         return mean + std * torch.randn(mean.shape, generator=generator)
 
 
 @torch.no_grad()
 def encode_pictures(
-    vae: Any, examples: Sequence[Example], size: int, flip: bool, done: Callable[[], Any] = lambda: None
+    vae: Any,
+    examples: Sequence[Example],
+    size: int,
+    *,
+    flip: bool = False,
+    guides: int = 0,
+    seed: int = 0,
+    done: Callable[[], Any] = lambda: None,
 ) -> Latents:
-    """Latents of all pictures; `done` is called after each."""
-    means, stds = [], []
-    for example in examples:
+    """Latents of all pictures, and of so many guides to each; `done` is called after each picture."""
+    both = []
+    for n, example in enumerate(examples):
         pixels = fitted(read_images(open_image(example.path), vae.config.latent_channels).pixels, size)
-        batch = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
-        both = finite("VAE encoder", vae, functools.partial(_distribution, vae, batch))
-        mean, std = both.float().cpu() * vae.config.scaling_factor
-        means.append(mean)
-        stds.append(std)
+        generator = fresh_rng(seed, 2, n)[1]
+        batch = torch.cat([pixels, *(guide(pixels, generator) for _ in range(guides))])
+        batch = torch.stack([batch, batch.flip(-1)] if flip else [batch])
+        found = finite("VAE encoder", vae, functools.partial(_distribution, vae, batch.flatten(0, 1)))
+        both.append(found.float().cpu().unflatten(1, batch.shape[:2]) * vae.config.scaling_factor)
         done()
-    return Latents(torch.stack(means), torch.stack(stds))
+    mean, std = torch.stack(both, 1)
+    return Latents(mean, std)
+
+
+def guide(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """A picture (1, 3, H, W) in rough colours: what is not white becomes another colour, blurred; white stays white."""
+    kept = torch.rand((1, 3, 1, 1), generator=generator) * 1.6
+    other = 1 - (1 - pixels) * kept.clamp(max=2 / (1 - pixels).amax((2, 3), keepdim=True).clamp(min=1e-3))
+    height, width = pixels.shape[-2:]
+    coarse = int(torch.randint(1, 5, (1,), generator=generator))
+    small = F.interpolate(other, (height // coarse, width // coarse), mode="area")
+    return F.interpolate(small, (height, width), mode="bilinear", align_corners=False).clamp(-1, 1)
 
 
 def _distribution(vae: Any, pixels: Tensor, dtype: torch.dtype) -> Tensor:

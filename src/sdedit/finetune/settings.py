@@ -31,6 +31,9 @@ class Settings:
         caption: "{}" stands for the picture's own caption; without it, the caption of all pictures.
         size: Side of the square that pictures are cut to, in pixels; the model's own if not given.
         flip: Show pictures mirrored half of the time.
+        guided: Share of samples at middling and high noise that start as a user's image might: from a blurred and
+            recoloured copy of the picture, while the picture is what is to be predicted. So colours of an image that
+            the style does not have give way at a lower strength.
         precision: What autocast computes in: "bfloat16" or "float32" (that is, no autocast).
         seed: Same seed and settings, same LoRA.
     """
@@ -49,6 +52,7 @@ class Settings:
     caption: str = "{}"
     size: int | None = None
     flip: bool = False
+    guided: float = 0.0
     precision: str = "bfloat16"
     seed: int = 0
 
@@ -57,7 +61,8 @@ class Settings:
             checks.whole_number(name, getattr(self, name), 1)
         for name in ("warmup", "seed"):
             checks.whole_number(name, getattr(self, name), 0)
-        checks.number("prompt_dropout", self.prompt_dropout, 0, 1)
+        for name in ("prompt_dropout", "guided"):
+            checks.number(name, getattr(self, name), 0, 1)
         for name in ("learning_rate", "alpha", "min_snr_gamma"):
             if getattr(self, name) is not None and checks.number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a number above 0")

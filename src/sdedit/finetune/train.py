@@ -29,6 +29,9 @@ from sdedit.finetune.workers import Workers
 from sdedit.models import adapters
 from sdedit.models.attention_options import fused
 
+GUIDES = 8  # different ones to each picture
+GUIDED_FROM = 0.25  # the share of noise levels, the lowest, at which samples start from the picture alone
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -115,17 +118,32 @@ class Batches:
 
     def draw(self, step: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The passes of an update: noisy latents (B, C, h, w), times (B,), texts (B, …), and what to predict."""
-        s, (count, versions) = self.settings, self.latents.mean.shape[:2]
+        s, (count, versions, kinds) = self.settings, self.latents.mean.shape[:3]
         total = s.batch_size * s.accumulation
         rng, generator = fresh_rng(s.seed, 1, step)
-        rows = shuffled(step * total, total, count, s.seed)
-        clean = self.latents.draw(rows, rng.integers(0, versions, total).tolist(), generator)
+        rows = torch.tensor(shuffled(step * total, total, count, s.seed))
+        version = torch.from_numpy(rng.integers(0, versions, total))
+        clean = self.latents.draw(rows, version, torch.zeros_like(version), generator)
         noise = torch.randn(clean.shape, generator=generator)
         times = torch.from_numpy(spread_times(rng, total, len(self.objective.alphas_cumprod)))
         shown = torch.from_numpy(rng.random(total) >= s.prompt_dropout)
         texts = self.texts[torch.where(shown, self.text_of[rows], 0)]
+        if kinds > 1:
+            guide = self.latents.draw(rows, version, torch.from_numpy(rng.integers(1, kinds, total)), generator)
+            noise = self.guided(clean, guide, noise, times, rng)
         noisy, target = self.objective.noisy(clean, noise, times), self.objective.target(clean, noise, times)
         return list(zip(*(t.split(s.batch_size) for t in (noisy, times, texts, target)), strict=True))
+
+    def guided(self, clean: Tensor, guide: Tensor, noise: Tensor, times: Tensor, rng: np.random.Generator) -> Tensor:
+        """The noise, and for some of the samples what a guide is away from the picture besides, as if that were noise.
+
+        While a sampler goes down, what is wrong with a guide fades with the noise: hence, for half, all parts of it.
+        """
+        count, levels = len(times), len(self.objective.alphas_cumprod)
+        part = torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.random(count))).float()
+        chosen = torch.from_numpy(rng.random(count) < self.settings.guided) & (times >= GUIDED_FROM * levels)
+        alpha, sigma = self.objective.levels(times)
+        return noise + (chosen * part).view(-1, 1, 1, 1) * (guide - clean) * alpha / sigma
 
 
 class _Run:
@@ -205,7 +223,15 @@ class _Run:
     def prepare(self, progress_bar: bool) -> Batches:
         """Latents and texts of all pictures, once."""
         with tqdm(total=len(self.examples), desc="latents", unit="picture", disable=not progress_bar) as bar:
-            latents = encode_pictures(self.pipe.vae, self.examples, self.size, self.settings.flip, bar.update)
+            latents = encode_pictures(
+                self.pipe.vae,
+                self.examples,
+                self.size,
+                flip=self.settings.flip,
+                guides=GUIDES if self.settings.guided else 0,
+                seed=self.settings.seed,
+                done=bar.update,
+            )
         captions = [example.caption for example in self.examples]
         row_of = {text: row for row, text in enumerate(dict.fromkeys(["", *captions]))}
         objective = Objective.of(self.pipe.scheduler, self.settings.min_snr_gamma)
