@@ -1,6 +1,6 @@
 """Draw docs/curve.png and docs/curve.csv: SDEdit's curve for the default model, on emoji kept from its training.
 
-    python docs/make_curve.py WORK --count 96
+    python docs/make_curve.py WORK
 
 WORK is a folder for what is drawn; stop it and start it again as you like. The pictures are those of training/data.py.
 """
@@ -96,9 +96,9 @@ def examples(inputs: Inputs, drawn: Path, strengths: tuple[float, ...], count: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--official-steps", type=int, default=100, help="N of the paper; 500 there")
+    parser.add_argument("--official-steps", type=int, default=50, help="N of the paper; 500 there")
     args = parser.parse_args()
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
