@@ -30,6 +30,7 @@ _KEYS = {
     "guidance": "CFG scale",
     "seed": "Seed",
     "size": "Size",
+    "framed": "Framed",
     "model": "Model",
     "embeddings": "Embeddings",
     "strength": "Denoising strength",
@@ -56,6 +57,7 @@ class Settings:
         image: The input image's path; in a file, relative to the folder of that file.
         image_hash: First 16 hex digits of the SHA-256 of the input image's file.
         size: (width, height) in pixels of the picture, to which the input image is brought.
+        framed: The drawing was brought to the middle of a sheet that it fills, before the size.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
         model: `"default"`, a folder, a single file, or a hub id.
@@ -73,6 +75,7 @@ class Settings:
     guidance: float = 7.5
     seed: int = 0
     size: tuple[int, int] | None = None
+    framed: bool = False
     model: str = "default"
     embeddings: tuple[str, ...] = ()
     strength: float = 0.8

@@ -13,6 +13,7 @@ from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
 from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.noise import Generator, randn
+from sdedit.offload import inference
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.precision import finite
 from sdedit.safety import check_safety
@@ -70,7 +71,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         self.num_timesteps = 0
         self._guidance_scale: float | list[float] = 0.0
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdedit.offload import execution_device
+
 
 def embeddings(tokenizer: Any) -> dict[str, list[str]]:
     """Textual inversions that a tokenizer knows: each token T with the tokens of its vectors, T, T_1, T_2, …
@@ -67,7 +69,7 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
         clip_skip: Leave out that many of the last layers; the final norm is applied all the same.
     """
     config = text_encoder.config
-    token_ids = token_ids.to(text_encoder.device)
+    token_ids = token_ids.to(execution_device(text_encoder))
     if not clip_skip:
         return text_encoder(token_ids)[0]  # type: ignore[no-any-return]
     if not 0 < clip_skip < config.num_hidden_layers:
@@ -78,12 +80,17 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     return norm(hidden)  # type: ignore[no-any-return]
 
 
+def prompt_length(tokenizer: Any, text_encoder: Any) -> int:
+    """Tokens that a model reads of a prompt, the first and last mark included."""
+    # A tokenizer without settings says that there is no limit.
+    return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
+
+
 def encode_texts(
     tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
 ) -> Tensor:
     """Prompt embeds (B, M, C) of texts; M is `length`, or as many tokens as the model reads."""
-    # A tokenizer without settings says that there is no limit.
-    length = length or min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    length = length or prompt_length(tokenizer, text_encoder)
     return encode(text_encoder, tokenize(tokenizer, texts, length), clip_skip)
 
 

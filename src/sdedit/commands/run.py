@@ -32,7 +32,7 @@ def run(
     size: o.Size = "auto",
     exact_steps: o.ExactSteps = False,
     extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
-    repeats: Annotated[int, typer.Option(help="Noise and denoise so often: more realistic, slower.")] = 1,
+    repeats: o.Repeats = 1,
     weighting: o.Weighting = False,
     embedding: o.Embedding = None,
     max_megapixels: o.MaxMegapixels = 100,
