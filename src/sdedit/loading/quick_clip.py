@@ -38,7 +38,7 @@ class CLIPTokens:
         from tokenizers.models import BPE
 
         settings = read_json(folder / "tokenizer_config.json")
-        names = {key: _content(settings[key]) for key in _SPECIAL}
+        names = {key: str(_content(settings[key])) for key in _SPECIAL}
         model = BPE.from_file(
             str(folder / "vocab.json"),
             str(folder / "merges.txt"),
@@ -58,7 +58,8 @@ class CLIPTokens:
         )
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
-        self.bos_token_id, self.eos_token_id, _, self.pad_token_id = map(made.token_to_id, names.values())
+        numbers: list[Any] = [made.token_to_id(name) for name in names.values()]
+        self.bos_token_id, self.eos_token_id, _, self.pad_token_id = numbers
         begin, end = names["bos_token"], names["eos_token"]
         made.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A {end}", special_tokens=[(begin, self.bos_token_id), (end, self.eos_token_id)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,17 +86,21 @@ class CLIPTextEncoder(Model):
         if hidden_act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act={hidden_act!r}; expected one of {', '.join(_ACTIVATIONS)}")
         layer = (hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
-        self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(vocab_size, hidden_size)
-        self.embeddings.position_embedding = nn.Embedding(max_position_embeddings, hidden_size)
-        self.encoder.layers = nn.ModuleList(_Layer(*layer) for _ in range(num_hidden_layers))
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": nn.Embedding(vocab_size, hidden_size),
+                "position_embedding": nn.Embedding(max_position_embeddings, hidden_size),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(*layer) for _ in range(num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(hidden_size, layer_norm_eps)
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> CLIPTextOutput:
         """(B, M) token ids, M at most `max_position_embeddings`."""
-        x = self.embeddings.token_embedding(input_ids) + self.embeddings.position_embedding.weight[: input_ids.shape[1]]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embeddings["token_embedding"](input_ids) + self.embeddings["position_embedding"](positions)
         states = [x]
-        for layer in self.encoder.layers:
+        for layer in cast("nn.ModuleList", self.encoder["layers"]):
             x = layer(x)
             states.append(x)
         return CLIPTextOutput(self.final_layer_norm(x), tuple(states) if output_hidden_states else None)
