@@ -5,6 +5,7 @@
 measures how well real pictures find themselves when moved, turned and blurred, with features fitted to other names.
 """
 
+import pickle
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from data import SIZE, Item, load, on_ground
+from paths import work_folder
+from sdedit.files import write_atomically
 
 Array = NDArray[np.float32]
 CELLS = 8  # gradients are counted in 8x8 cells
@@ -118,7 +121,12 @@ class Judge:
     Args:
         pictures: (N, 128, 128, 4), uint8, all of them; `items` says what they show.
         fit: Rows from which the metric is learned; all if not given.
+
+    Attributes:
+        real: What `find_themselves` says, of the judge that `judge` keeps.
     """
+
+    real: dict[str, float]
 
     def __init__(self, pictures: np.ndarray, items: list[Item], fit: Sequence[int] | None = None) -> None:
         self.items = items
@@ -132,6 +140,17 @@ class Judge:
         places = self.metric(features(drawn))
         far = (self.gallery**2).sum(1) - 2 * places @ self.gallery.T  # squared distances, but for a constant
         return [self.items[row] for row in far.argmin(1)]
+
+
+def judge() -> Judge:
+    """The judge of all pictures, kept in the work folder since it takes minutes to make."""
+    file = work_folder() / "judge.pickle"
+    if not file.exists():
+        made = Judge(*load())
+        made.real = find_themselves(*load())
+        with write_atomically(file) as part:
+            part.write_bytes(pickle.dumps(made))
+    return pickle.loads(file.read_bytes())
 
 
 def features(pictures: Iterable[Array]) -> Array:
