@@ -41,8 +41,10 @@ def rows(figures: dict[str, Any]) -> str:
     tests = {
         "transfer": "another style of it, strength 0.6",
         "transfer_starred": "of these, things with a star",
-        "transfer_other": "the same, things not in the list",
+        "transfer_guide": "these guides themselves, nothing drawn",
+        "transfer_other": "another style, things not in the list",
         "strokes": "simulated strokes of it, strength 0.6",
+        "strokes_guide": "these guides themselves, nothing drawn",
         "words": "a white sheet, strength 1.0: words alone",
         "words_starred": "of these, things with a star",
         "seen": "another style of it, 0.6, names and style seen together",

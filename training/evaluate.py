@@ -146,11 +146,19 @@ def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
         found = judge().nearest(drawn(pipe, draws, strength, **settings))
         asked = [(draw.name, draw.style) for draw in draws]
         figures[key] = share_right(found, asked)
+        if strength < 1:
+            figures[f"{key}_guide"] = guides_alone(draws)
         stars = [n for n, draw in enumerate(draws) if draw.name in starred()]
         if stars:
             figures[f"{key}_starred"] = share_right([found[n] for n in stars], [asked[n] for n in stars])
         print(key, figures[key], figures.get(f"{key}_starred"), flush=True)
     return figures
+
+
+def guides_alone(draws: list[Draw]) -> dict[str, float]:
+    """What the guides themselves are nearest to: the score of a model that changes nothing."""
+    found = judge().nearest(np.asarray(draw.guide, np.float32) / 255 for draw in draws)
+    return share_right(found, [(draw.name, draw.style) for draw in draws])
 
 
 def chance(items: list[Item], names: set[str]) -> float:
