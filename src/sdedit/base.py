@@ -20,9 +20,10 @@ from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
 from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
+from sdedit.turbo import Turbo
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory, Turbo):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
