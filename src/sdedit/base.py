@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from sdedit.compiling import Compiling
 from sdedit.image_prompts import ImagePrompts
 from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.lora import LoraLoader
@@ -18,12 +19,16 @@ from sdedit.loading.pretrained import COMPONENTS, load_components, save_componen
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
+from sdedit.offload import execution_device, refuse
 from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
+from sdedit.text_prompts import TextPrompts
 from sdedit.turbo import Turbo
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory, Turbo):
+class Pipeline(
+    LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Memory, Turbo, Compiling
+):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -50,8 +55,8 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
 
     @property
     def device(self) -> torch.device:
-        """The device of the UNet."""
-        return torch.device(self.unet.device)
+        """Where the UNet computes."""
+        return execution_device(self.unet)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +64,14 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
         return self.unet.dtype  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does."""
+        """Move and cast all networks, as `torch.nn.Module.to` does.
+
+        Raises:
+            ValueError: A device is given, and the networks are offloaded.
+        """
+        devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (str, int, torch.device, torch.Tensor))]
+        if self._offload is not None and devices:
+            raise ValueError("to: the networks are offloaded and come to the device by turns; remove_all_hooks() first")
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(*args, **kwargs)
@@ -204,6 +216,7 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
+        refuse("save_pretrained", self.unet)
         with set_aside(self.unet, self.text_encoder):
             save_components(self.components, self.requires_safety_checker, save_directory, variant)
 

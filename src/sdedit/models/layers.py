@@ -35,10 +35,10 @@ def channels_last(network: nn.Module, x: Tensor) -> Tensor:
     The network's convolutions are laid out in the same way when they first see it, one at a time: PyTorch would do it
     in every call.
     """
-    if x.device.type not in ("cpu", "cuda"):
+    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):  # strips are laid out as they are made
         return x
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for weight in (p for p in network.parameters() if p.ndim == 4):
+        for weight in (layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)):
             if weight.is_contiguous(memory_format=torch.channels_last):
                 break
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -146,7 +146,7 @@ class Upsample2D(nn.Module):
         B, C, H, W = x.shape
         size = size or (2 * H, 2 * W)
         # Adding weights up costs as much as so many pixels.
-        if size == (2 * H, 2 * W) and B * H * W > C and _bare(self.conv):
+        if isinstance(x, Tensor) and size == (2 * H, 2 * W) and B * H * W > C and _bare(self.conv):
             return _convolve_doubled(x, self.conv)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 

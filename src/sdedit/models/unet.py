@@ -283,11 +283,12 @@ class UNet2DConditionModel(Model):
 
         x = self.conv_in(channels_last(self, sample))
         deep = None if self.reuse is None else self.reuse.recall(x)
-        skips = self._down(x, temb, context, None if deep is None else self.reuse.layers)
+        around = None if self.reuse is None or deep is None else self.reuse.layers
+        skips = self._down(x, temb, context, around)
         if deep is None:
+            x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
             if down_block_additional_residuals is not None:
                 skips = [spread(a, len(b)) + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
-            x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
             if mid_block_additional_residual is not None:
                 x = x + mid_block_additional_residual
         else:
