@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from sdedit.commands.evaluate import evaluate
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
 from sdedit.commands.search import search
 from sdedit.commands.strokes import strokes
 from sdedit.commands.sweep import sweep
+from sdedit.commands.train import app as train
 from sdedit.drawing import say
 
 app = typer.Typer(
@@ -32,11 +34,13 @@ COMMANDS = (
     sweep,
     search,
     strokes,
+    evaluate,
     models,
     inspect,
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)

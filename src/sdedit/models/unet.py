@@ -301,7 +301,7 @@ class UNet2DConditionModel(Model):
         """(1, C) or (B, C)."""
         sinusoids = timestep_embedding(
             torch.as_tensor(timestep, device=sample.device).reshape(-1),
-            self.conv_in.out_channels,
+            self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )

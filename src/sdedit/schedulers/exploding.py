@@ -189,6 +189,8 @@ class DPMSolverSDE(TwoStage):
 
     def _visit(self, steps: int, **layout: Any) -> Grid:
         times, sigmas = self._levels_at(steps, **layout)
-        mids = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
-        both = np.append(times[:1], np.stack([mids, times[1:]], axis=1).ravel())
-        return Grid(both, np.append(solvers.interleave(sigmas), 0.0))
+        between = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
+        both = np.append(times[:1], np.stack([between, times[1:]], axis=1).ravel())
+        ends = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
+        mids = solvers.midpoints(ends, ancestral=False)
+        return Grid(both, np.append(solvers.interleave(sigmas), 0.0), np.append(0.0, mids.repeat(2)))
