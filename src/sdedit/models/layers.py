@@ -153,8 +153,8 @@ class Upsample2D(nn.Module):
 
 def _bare(layer: nn.Module) -> bool:
     """Is it a convolution and nothing else: no adapter around it, no hook that waits for its call?"""
-    hooks = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Conv2d and not hooks
+    own = getattr(layer.forward, "__func__", None) is nn.Conv2d.forward
+    return type(layer) is nn.Conv2d and own and not (layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
