@@ -16,7 +16,7 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
-from sdedit.loading.checkpoint import choose_weights, clip_name, fill, forget_shards, vae_name, weight_files
+from sdedit.loading.checkpoint import blank, choose_weights, clip_name, fill, forget_shards, vae_name, weight_files
 from sdedit.loading.sources import check_hub_arguments
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def load_model(
     folder = root / subfolder if subfolder else root
     config = read_json(folder / cls.config_name)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), explained(folder / cls.config_name, cls):
+    with blank(), explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
@@ -208,7 +208,7 @@ def load_transformers_model(
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
     read_json(folder / "config.json")
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), explained(folder / "config.json", cls):
+    with blank(), explained(folder / "config.json", cls):
         model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
     return model.eval()
