@@ -190,7 +190,7 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     Raises:
         FileNotFoundError, ValueError: There is no such file, it is no image, or it carries none.
     """
-    from sdedit.images import open_image
+    from sdedit.pixels import open_image
 
     text = open_image(path, max_pixels=None).info.get("parameters")
     if not isinstance(text, str):

@@ -11,10 +11,11 @@ from torch import Tensor
 from sdedit import checks, prompts, runs, weighting
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
-from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.models.adapters import scaled
 from sdedit.noise import Generator, randn
 from sdedit.output import StableDiffusionPipelineOutput
+from sdedit.pixels import MAX_PIXELS
 from sdedit.precision import finite
 from sdedit.safety import check_safety
 

@@ -70,7 +70,7 @@ def beside(picture: Path, name: str) -> Path:
 
 def open_guide(image: Path, max_megapixels: float) -> Image:
     """The input image."""
-    from sdedit.images import open_image
+    from sdedit.pixels import open_image
 
     return open_image(image, int(max_megapixels * 1e6))
 

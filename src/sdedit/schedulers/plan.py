@@ -189,7 +189,7 @@ class Plan(Configurable):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
         """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        from sdedit.loading.pretrained import find_folder
+        from sdedit.loading.folders import find_folder
         from sdedit.loading.sources import HUB_ARGUMENTS
 
         hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}
