@@ -122,6 +122,7 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("inspect", "none.safetensors"), "none.safetensors does not exist"),
         (("inspect", "in.png"), "is damaged"),
         (("inspect", "."), "is no model folder"),
+        (("strokes", "in.png", "-o", "o.png", "--kernel", "4"), "kernel=4; expected an odd number"),
         (("run", "in.png"), "Missing argument"),
     ],
 )

@@ -17,11 +17,13 @@ from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
+from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
+from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -96,6 +98,10 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
     ) -> Sweep:
         """Draw an image at several strengths in one batch, from the same noise: see `sdedit.sweep`."""
         return sweep(self, image, prompt, strengths, generator, **settings)
+
+    def search(self, image: Image, prompt: str, faithful: float = 0.9, **options: Any) -> Found:
+        """Find the largest strength that is still faithful, or the one that somebody picks: see `sdedit.search`."""
+        return search(self, image, prompt, faithful, **options)
 
     @classmethod
     def from_pretrained(

@@ -11,6 +11,8 @@ import typer
 
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
+from sdedit.commands.search import search
+from sdedit.commands.strokes import strokes
 from sdedit.commands.sweep import sweep
 from sdedit.drawing import say
 
@@ -28,6 +30,8 @@ COMMANDS = (
     run,
     again,
     sweep,
+    search,
+    strokes,
     models,
     inspect,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,13 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         prompt_weighting=settings.weighting,
     )
     seconds = time.perf_counter() - started
+    save_all(drawn.images, seeds, settings, output)
+    say(settings.to_text().splitlines()[-1])
+    say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
+
+
+def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
+    """Write pictures, each with its seed and settings, in which paths become relative to the pictures' folder."""
     image = Path(settings.image or "")
     settings.image = os.path.relpath(image, output.absolute().parent)
     if settings.model != "default" and Path(settings.model).exists():
@@ -75,13 +83,11 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
     folder = output.absolute().parent
     settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
     settings.lora = [(os.path.relpath(name, folder) if Path(name).exists() else name, w) for name, w in settings.lora]
-    for i, (picture, seed) in enumerate(zip(drawn.images, seeds, strict=True)):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}")
+    for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+        path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{i + 1}")
         settings.seed = seed
         save_picture(picture, path, settings)
         typer.echo(f"{path}  ({picture.width}×{picture.height}, seed {seed})")
-    say(settings.to_text().splitlines()[-1])
-    say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
 def load_model(model: str, dtype: Any) -> Any:

@@ -34,6 +34,21 @@ class Sweep:
     steps: list[int]
     distances: list[float]
 
+    def merged(self, other: Sweep) -> Sweep:
+        """The pictures of both, at rising strengths."""
+        return self._of(sorted([*self._rows(), *other._rows()], key=lambda row: row[1]))
+
+    def between(self, low: float, high: float) -> Sweep:
+        """The pictures of strengths from `low` to `high`."""
+        return self._of([row for row in self._rows() if low <= row[1] <= high])
+
+    def _rows(self) -> list[tuple[Image.Image, float, int, float]]:
+        return list(zip(self.images, self.strengths, self.steps, self.distances, strict=True))
+
+    @classmethod
+    def _of(cls, rows: Sequence[tuple[Image.Image, float, int, float]]) -> Sweep:
+        return cls(*(list(column) for column in zip(*rows, strict=True)))
+
     def sheet(self, columns: int | None = None) -> Image.Image:
         """All pictures on one page, each with its strength and distance."""
         pairs = zip(self.strengths, self.distances, strict=True)

@@ -16,6 +16,7 @@ from sdedit import checks
 from sdedit.loading import lora_files, lora_formats, lora_kinds
 from sdedit.loading.lora_formats import LoadReport, Parsed
 from sdedit.models import adapters
+from sdedit.models.attention_options import fused
 
 _COMPONENTS = ("unet", "text_encoder")
 
@@ -58,6 +59,8 @@ class LoraLoader:
             ImportError: The package peft is missing.
         """
         adapters.require_peft()
+        if fused(self.unet):
+            raise ValueError("load_lora_weights: adapters need single projections; call unfuse_qkv_projections() first")
         have = {name for model in self._lora_models().values() for name in adapters.names(model)}
         if adapter_name is None:
             adapter_name = next(f"default_{i}" for i in range(len(have) + 1) if f"default_{i}" not in have)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch.nn.functional as F
@@ -11,14 +11,20 @@ from torch import Tensor, nn
 # What is attended to: the text, or the text and, for each IP-Adapter, image tokens (B, M, context_dim).
 Context = Tensor | tuple[Tensor, list[Tensor]]
 
+# softmax(Q·Kᵀ/√d)·V of (B, heads, N, d), (B, heads, M, d) and (B, heads, M, d).
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: bool = False) -> Tensor:
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: bool = False, core: Core | None = None
+) -> Tensor:
     """softmax(Q·Kᵀ/√d)·V for every head: the one place of the package that computes attention.
 
     Args:
         query: (B, N, heads·d).
         key, value: (B, M, heads·d).
         upcast: Compute in float32 whatever the dtype (SD 2.x at 768 overflows float16 otherwise).
+        core: What computes it instead of PyTorch's own, see `attention_options`.
 
     Returns:
         (B, N, heads·d) in the dtype of `value`.
@@ -26,7 +32,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, upcast: 
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = (core or F.scaled_dot_product_attention)(q, k, v)
     return out.transpose(1, 2).flatten(2).to(value.dtype)
 
 
@@ -58,10 +64,12 @@ class Attention(nn.Module):
         inner = inner_dim or query_dim
         if inner % heads:
             raise ValueError(f"attention_head_dim: {inner} channels do not divide into {heads} heads")
-        self.heads, self.upcast = heads, upcast_attention
+        self.heads, self.upcast, self.has_context = heads, upcast_attention, context_dim is not None
+        self.core: Core | None = None
         self.to_q = nn.Linear(query_dim, inner, bias=bias)
         self.to_k = nn.Linear(context_dim or query_dim, inner, bias=bias)
         self.to_v = nn.Linear(context_dim or query_dim, inner, bias=bias)
+        self.to_qkv: nn.Linear | None = None  # all three as one, if they are fused
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim), nn.Dropout(dropout)])
         self.ip_adapters = nn.ModuleList()
 
@@ -69,13 +77,16 @@ class Attention(nn.Module):
         """x (B, N, query_dim), context (B, M, context_dim) or x itself → (B, N, query_dim)."""
         text, images = context if isinstance(context, tuple) else (context, [])
         text = x if text is None else text
-        query = self.to_q(x)
-        out = attention(query, self.to_k(text), self.to_v(text), self.heads, upcast=self.upcast)
+        if self.to_qkv is not None:
+            query, key, value = self.to_qkv(x).chunk(3, -1)
+        else:
+            query, key, value = self.to_q(x), self.to_k(text), self.to_v(text)
+        out = attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
         adapters = cast("Iterable[ImageKeysValues]", self.ip_adapters)
         for adapter, tokens in zip(adapters, images, strict=False):  # attention to itself has none
             if adapter.scale:
                 key, value = adapter.to_k_ip(tokens), adapter.to_v_ip(tokens)
-                out = out + adapter.scale * attention(query, key, value, self.heads, upcast=self.upcast)
+                out = out + adapter.scale * attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
         return self.to_out[1](self.to_out[0](out))
 
 

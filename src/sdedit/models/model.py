@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from sdedit.config import Configurable
+from sdedit.models.attention_options import AttentionOptions
 
 
-class Model(nn.Module, Configurable):
+class Model(AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdedit.models.adapters import scaled_call
 from sdedit.models.attention import Context, Transformer2DModel
+from sdedit.models.freeu import FreeU
 from sdedit.models.layers import (
     Downsample2D,
     ResnetBlock2D,
@@ -215,6 +216,7 @@ class UNet2DConditionModel(Model):
         self.conv_act = activation(act_fn)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.encoder_hid_proj: nn.Module | None = None  # an IP-Adapter's, if one is loaded
+        self.freeu: FreeU | None = None
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> UNet2DConditionModel:
@@ -294,9 +296,12 @@ class UNet2DConditionModel(Model):
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
 
-        for block in cast("Iterable[_Block]", self.up_blocks):
+        for stage, block in enumerate(cast("Iterable[_Block]", self.up_blocks)):
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), temb, context)
+                skip = skips.pop()
+                if self.freeu is not None:
+                    x, skip = self.freeu(stage, x, skip)
+                x = block.layer(i, torch.cat([x, skip], dim=1), temb, context)
             if block.upsamplers is not None:
                 # The size of the next skip, not twice ours: odd sizes were rounded up on the way down.
                 height, width = skips[-1].shape[2:]
@@ -304,6 +309,19 @@ class UNet2DConditionModel(Model):
 
         x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Reweigh what the way up takes in, see `FreeU`; the numbers depend on the model and were found by trying.
+
+        Args:
+            s1, s2: Weight of the skips' lowest frequencies in the first and second block, such as 0.9 and 0.2.
+            b1, b2: Weight of half of the features from below there, such as 1.5 and 1.6.
+        """
+        self.freeu = FreeU((s1, s2), (b1, b2))
+
+    def disable_freeu(self) -> None:
+        """Undo `enable_freeu`."""
+        self.freeu = None
 
     def _context(self, text: Tensor, added: dict[str, Any]) -> Context:
         """What the layers attend to: the text, and the image tokens of IP-Adapters where there are any."""
