@@ -18,7 +18,7 @@ from flax import struct
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, resolve_plan
 from sdedit.schedulers.plan import Plan
-from sdedit.schedulers.rows import Memory, Row
+from sdedit.schedulers.rows import Row
 
 Array = jax.Array
 
@@ -131,7 +131,7 @@ class FlaxSchedulerOutput(NamedTuple):
 
     def to_tuple(self) -> tuple[Array, FlaxSchedulerState]:
         """A plain tuple."""
-        return tuple(self)
+        return self.prev_sample, self.state
 
 
 class FlaxScheduler(Plan):

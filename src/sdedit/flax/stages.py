@@ -112,14 +112,12 @@ def compiled(stage: Stage, networks: tuple[Any, ...], mesh: Mesh | None = None) 
         return stage(networks, params, {**inputs, **latents}, table)
 
     def run_one(params: Arrays, latents: Arrays, inputs: Arrays, table: Table) -> dict[str, Array]:
-        mine = jax.tree.map(lambda x: x[0], (params, latents, inputs))
-        return jax.tree.map(lambda x: x[None], run(*mine, table))  # type: ignore[no-any-return]
+        params, latents, inputs = jax.tree.map(lambda x: x[0], (params, latents, inputs))
+        return jax.tree.map(lambda x: x[None], run(params, latents, inputs, table))  # type: ignore[no-any-return]
 
     if mesh is None:
         return jax.jit(run, donate_argnums=1)
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
     # Nothing is exchanged between devices, so there is nothing to check of how values vary over them.
-    mapped = jax.shard_map(
-        run_one, mesh=mesh, in_specs=(split, split, split, whole), out_specs=split, check_vma=False
-    )
+    mapped = jax.shard_map(run_one, mesh=mesh, in_specs=(split, split, split, whole), out_specs=split, check_vma=False)
     return jax.jit(mapped, donate_argnums=1)

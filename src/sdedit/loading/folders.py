@@ -108,6 +108,7 @@ def _wanted_weights(
         inside = [name[len(folder) + 1 if folder else 0 :] for name in names if name.rpartition("/")[0] == folder]
         chosen = choose_weights(inside, _STEMS, variant, use_safetensors)
         chosen = chosen or choose_weights(inside, _STEMS, None, use_safetensors)
+        chosen = chosen or next((name for name in inside if name.endswith(".msgpack")), None)  # Flax's alone
         if chosen is not None:
             prefix = f"{folder}/" if folder else ""
             wanted.append(f"{prefix}{chosen}")

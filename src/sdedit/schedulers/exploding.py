@@ -192,3 +192,11 @@ class DPMSolverSDE(TwoStage):
         mids = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
         both = np.append(times[:1], np.stack([mids, times[1:]], axis=1).ravel())
         return Grid(both, np.append(solvers.interleave(sigmas), 0.0))
+
+    def overlaps(self, first: int) -> Array:
+        """Second rows go over the whole step on the path that the first went to its middle; see `Plan.overlaps`."""
+        found = super().overlaps(first)
+        s, after = self._grid.sigmas[first:-1:2], self._grid.sigmas[first + 1 :: 2]
+        s, after = s[: len(after)], after[: len(s)]
+        found[1::2] = np.sqrt((s - np.sqrt(s * after)) / (s - after))[: len(found[1::2])]
+        return found
