@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,7 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
         neg_prompt_ids: Any = None,
         return_dict: bool = True,
         jit: bool = False,
+        eta: float = 0.0,
     ) -> FlaxStableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn images into pictures that follow the prompts.
 
@@ -127,12 +129,14 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
             return_dict: `False` for a tuple (images, nsfw_content_detected).
             jit: The old way: all arrays, the params and the seeds have a leading axis of as many as there are devices
                 (`flax.jax_utils.replicate`, `flax.training.common_utils.shard`), and each device works on its own part.
+            eta: Noise of DDIM and TCD, 0 to 1.
 
         Raises:
             ValueError: An argument is not as described; the message names it.
         """
         strength = checks.number("strength", strength, 0, 1)
         num_inference_steps = checks.whole_number("num_inference_steps", num_inference_steps, 1)
+        eta = checks.number("eta", eta, 0, 1)
 
         # 1. Read: arrays of one batch, on the devices.
         inputs = _batch(self, prompt_ids, image, prng_seed, guidance_scale, noise, neg_prompt_ids, 1 if jit else 0)
@@ -147,7 +151,9 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
         # 2. Choose the rows of the solver that strength leaves.
         plan = laid_out(self.scheduler, num_inference_steps)
         left = int(num_inference_steps * strength)
-        table = make_table(plan, min((num_inference_steps - left) * plan.order, len(plan.times)))
+        first = min((num_inference_steps - left) * plan.order, len(plan.times))
+        options = {"eta": eta} if "eta" in inspect.signature(type(plan).solver).parameters else {}
+        table = make_table(plan, first, **options)
 
         # 3. Encode image and prompts, noise the latents to where the run begins.
         where, networks = (mesh if jit else None), (self.text_encoder, self.vae)

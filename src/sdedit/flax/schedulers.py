@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from flax import struct
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, resolve_plan
 from sdedit.schedulers.plan import Plan
@@ -48,13 +48,17 @@ class Table(NamedTuple):
         return len(self.rows.b)
 
 
-def make_table(plan: Plan, first: int) -> Table:
-    """The rows of a run that starts at `plan.times[first]`; past the last one there are none, and no noise."""
+def make_table(plan: Plan, first: int, **options: Any) -> Table:
+    """The rows of a run that starts at `plan.times[first]`; past the last one there are none, and no noise.
+
+    Args:
+        **options: Those of the class's solver.
+    """
     kind = plan.config.get("variance_type")
     if str(kind).startswith("learned"):
         raise ValueError(f"variance_type={kind!r} needs a UNet that says its variance; Stable Diffusion's does not")
     total = len(plan.times)
-    solved = plan.rows(min(first, total - 1))
+    solved = plan.rows(min(first, total - 1), **options)
     count = total - first
     columns = row_functions.table(solved)
     length = -(-total // _BLOCK) * _BLOCK
@@ -76,12 +80,12 @@ def row_at(table: Table, i: Any) -> Row:
 def draw(table: Table, i: Any, key: Array, shape: tuple[int, ...]) -> Array:
     """Noise for the i-th row, of `shape`; zeros where it draws none."""
 
-    def normal(i: Any) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, i), shape)
+    def normal(number: Any) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, number), shape)
 
     def drawn() -> Array:
         shared = table.overlap[i]
-        return shared * normal(i - 1) + jnp.sqrt(1 - shared**2) * normal(i)
+        return shared * normal(i) + jnp.sqrt(1 - shared**2) * normal(i + 1)
 
     return jax.lax.cond(table.rows.draw[i] > 0, drawn, lambda: jnp.zeros(shape))  # type: ignore[no-any-return]
 
