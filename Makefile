@@ -1,10 +1,10 @@
-# Two commands for a fresh machine with Python 3.11 or later: `make demo` and `make test`.
+# For a fresh machine with Python 3.11 or later: `make demo` and `make test`; `make evaluate-model` needs npm too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check install
+.PHONY: demo test check install evaluate-model
 
 # Each stamp is one set of packages, installed at the pinned versions of constraints.txt.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -14,6 +14,10 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.run
 	$(PIP) install --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+$(VENV)/.training: $(VENV)/.test
+	$(PIP) install --constraint constraints.txt --editable '.[training]'
 	@touch $@
 
 install: $(VENV)/.run  ## the package alone
@@ -30,3 +34,6 @@ check: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+evaluate-model: $(VENV)/.training  ## measure the default model: its figures.json, doodles.png and card
+	$(BIN)/python training/evaluate.py

@@ -1,80 +1,20 @@
-"""Draw the example doodles as a hand would: thick wobbling strokes, flat fills, on white.
+"""Draw the example doodles as a hand would: on white and on other grounds, filled and in lines, large and small.
 
     python examples/draw_doodles.py
 
-writes apple.png, face.png, cat.png, … beside this file. They were never in the training data.
+writes apple.png, face.png, cat.png, … beside this file. None of them was ever in the training data.
 """
 
 import math
-import random
 import zlib
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from hand import INK, Hand, Point, arc, paper, plain, table
+from PIL import Image
 
-Point = tuple[float, float]
-Colour = tuple[int, int, int]
 HERE = Path(__file__).parent
-INK = (35, 32, 38)
-
-
-class Hand:
-    """A pen on a sheet of 100 by 100 units, put on paper larger, shifted and never quite straight."""
-
-    def __init__(self, seed: int, size: tuple[int, int], scale: float = 1.0, offset: Point = (0, 0)) -> None:
-        self.random = random.Random(seed)
-        self.unit = min(size) / 100 * scale
-        self.origin = (size[0] / 2 - 50 * self.unit + offset[0], size[1] / 2 - 50 * self.unit + offset[1])
-        self.image = Image.new("RGB", (size[0] * 2, size[1] * 2), "white")  # drawn at twice the size, then smoothed
-        self.pen = ImageDraw.Draw(self.image)
-
-    def wobbled(self, points: list[Point], amount: float) -> list[Point]:
-        """The path in small steps, pushed about by two slow sines and a little shake; in pixels of the large sheet."""
-        dense = [
-            (x0 + (x1 - x0) * i / 12, y0 + (y1 - y0) * i / 12)
-            for (x0, y0), (x1, y1) in pairwise(points)
-            for i in range(12)
-        ] + points[-1:]
-        phases = [self.random.uniform(0, math.tau) for _ in range(4)]
-        path = []
-        for i, (x, y) in enumerate(dense):
-            turn = math.tau * i / len(dense)
-            x += amount * (math.sin(2 * turn + phases[0]) + 0.5 * math.sin(5 * turn + phases[1]))
-            y += amount * (math.sin(2 * turn + phases[2]) + 0.5 * math.sin(5 * turn + phases[3]))
-            x, y = x + self.random.gauss(0, amount / 8), y + self.random.gauss(0, amount / 8)
-            path.append((2 * (self.origin[0] + x * self.unit), 2 * (self.origin[1] + y * self.unit)))
-        return path
-
-    def line(self, points: list[Point], colour: Colour = INK, width: float = 3.5, wobble: float = 0.7) -> None:
-        """One stroke with a round pen."""
-        path, radius = self.wobbled(points, wobble), width * self.unit
-        self.pen.line(path, fill=colour, width=round(2 * radius), joint="curve")
-        for x, y in path:
-            self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-
-    def shape(self, points: list[Point], fill: Colour, ink: bool = True, width: float = 2.2) -> None:
-        """A filled shape, outlined by a second, slightly different pass of the hand."""
-        closed = [*points, points[0]]
-        self.pen.polygon(self.wobbled(closed, 0.8), fill=fill)
-        if ink:
-            self.line(closed, INK, width)
-
-    def blob(self, x: float, y: float, rx: float, ry: float, fill: Colour, ink: bool = True) -> None:
-        """A filled ellipse."""
-        self.shape(arc(x, y, rx, ry, 0, 360), fill, ink)
-
-    def save(self, name: str) -> None:
-        """Write the sheet, smoothed, beside this file."""
-        size = (self.image.width // 2, self.image.height // 2)
-        self.image.resize(size, Image.Resampling.LANCZOS).save(HERE / f"{name}.png")
-
-
-def arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> list[Point]:
-    """Points of an ellipse from one angle to another, in degrees, clockwise from the right."""
-    angles = [math.radians(start + (end - start) * i / 16) for i in range(17)]
-    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
 def apple(hand: Hand) -> None:
@@ -220,28 +160,116 @@ def heart(hand: Hand) -> None:
     )
 
 
-DOODLES: dict[Callable[[Hand], None], tuple[tuple[int, int], float, Point]] = {  # size, scale, offset in pixels
-    apple: ((256, 256), 0.9, (0, 4)),
-    face: ((256, 256), 1.0, (6, -3)),
-    cat: ((256, 256), 0.95, (-4, 2)),
-    house: ((256, 256), 0.95, (0, 0)),
-    car: ((320, 256), 1.05, (10, 0)),
-    tree: ((256, 256), 0.95, (0, 0)),
-    flower: ((256, 256), 0.95, (-8, 0)),
-    sun: ((200, 200), 0.95, (4, -4)),
-    fish: ((256, 256), 0.95, (0, 5)),
-    boat: ((256, 256), 0.95, (5, 0)),
-    star: ((256, 256), 0.85, (-10, 6)),
-    heart: ((256, 256), 0.9, (0, 0)),
+def umbrella(hand: Hand) -> None:
+    """Draw an umbrella in thick lines, nothing filled."""
+    hand.line([*arc(50, 52, 40, 38, 180, 360), (74, 46), (62, 53), (50, 46), (37, 53), (25, 46), (10, 52)], width=3.2)
+    hand.line([(50, 14), (50, 46)], width=2.4)
+    hand.line([(50, 50), (50, 82), *arc(43, 82, 7, 8, 0, 170)], width=3)
+
+
+def mushroom(hand: Hand) -> None:
+    """Draw a toadstool."""
+    hand.shape([(40, 52), (60, 52), (64, 86), (36, 87)], (245, 235, 215))
+    hand.shape([*arc(50, 54, 40, 38, 180, 360), (70, 58), (30, 58)], (214, 40, 44))
+    for x, y, r in ((36, 40, 6), (56, 30, 7), (70, 46, 5)):
+        hand.blob(x, y, r, r, (255, 250, 245), ink=False)
+
+
+def balloon(hand: Hand) -> None:
+    """Draw a balloon."""
+    hand.line([(50, 70), (47, 80), (53, 88), (49, 97)], (90, 90, 95), 1.2)
+    hand.shape([*arc(50, 38, 27, 32, 110, 430), (54, 74), (46, 74)], (225, 40, 50), ink=False)
+    hand.line(arc(44, 32, 12, 14, 190, 250), (255, 190, 190), 2)
+
+
+def coffee(hand: Hand) -> None:
+    """Draw a cup of coffee."""
+    hand.line(arc(72, 58, 15, 13, -80, 90), (120, 120, 125), 3)
+    hand.shape([(20, 42), (72, 42), (68, 80), (26, 80)], (235, 235, 238))
+    hand.blob(46, 42, 26, 6, (110, 70, 45))
+    for x in (36, 48, 60):
+        hand.line([(x, 32), (x - 3, 25), (x + 3, 18), (x, 10)], (150, 150, 155), 1.6)
+
+
+def rocket(hand: Hand) -> None:
+    """Draw a rocket."""
+    hand.shape([(38, 62), (24, 84), (40, 78)], (210, 45, 45))
+    hand.shape([(62, 62), (76, 84), (60, 78)], (210, 45, 45))
+    hand.shape([(44, 80), (56, 80), (50, 97)], (250, 160, 40), ink=False)
+    hand.shape([(50, 6), (62, 24), (65, 50), (60, 80), (40, 80), (35, 50), (38, 24)], (225, 228, 235))
+    hand.shape([(50, 6), (60, 22), (40, 22)], (210, 45, 45))
+    hand.blob(50, 42, 8, 8, (90, 170, 230))
+
+
+def strawberry(hand: Hand) -> None:
+    """Draw a strawberry."""
+    hand.shape(
+        [(50, 92), (24, 62), (18, 40), (32, 26), (50, 30), (68, 26), (82, 40), (76, 62)], (222, 36, 54), ink=False
+    )
+    hand.shape([(50, 32), (28, 30), (38, 18), (50, 8), (62, 18), (72, 30)], (72, 150, 58), ink=False)
+    for x, y in ((36, 44), (52, 46), (66, 44), (44, 60), (60, 60), (52, 75)):
+        hand.blob(x, y, 1.6, 2.4, (250, 220, 120), ink=False)
+
+
+def snowman(hand: Hand) -> None:
+    """Draw a snowman."""
+    snow = (246, 248, 252)
+    hand.blob(50, 70, 26, 24, snow, ink=False)
+    hand.blob(50, 34, 19, 18, snow, ink=False)
+    hand.shape([(36, 20), (64, 20), (60, 3), (40, 3)], (50, 50, 58), ink=False)
+    for x, y in ((43, 31), (57, 31), (50, 62), (50, 76)):
+        hand.blob(x, y, 2.4, 2.4, INK, ink=False)
+    hand.shape([(50, 36), (50, 41), (66, 41)], (245, 130, 40), ink=False)
+
+
+def icecream(hand: Hand) -> None:
+    """Draw an ice cream."""
+    hand.shape([(32, 50), (68, 50), (50, 96)], (226, 166, 92))
+    hand.line([(40, 52), (56, 80)], (170, 110, 50), 1.2)
+    hand.line([(60, 52), (44, 80)], (170, 110, 50), 1.2)
+    hand.blob(50, 34, 24, 22, (250, 190, 205))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What a doodle is drawn on, how large, where (in pixels from the middle), and how hard the pen is pressed."""
+
+    ground: Image.Image
+    scale: float = 0.95
+    offset: Point = (0, 0)
+    pressure: float = 1.0
+
+
+DOODLES: dict[Callable[[Hand], None], Sheet] = {
+    apple: Sheet(plain(256, 256), 0.9, (0, 4)),
+    face: Sheet(plain(256, 256), 1.0, (6, -3)),
+    cat: Sheet(plain(256, 256), 0.95, (-4, 2)),
+    house: Sheet(plain(256, 256)),
+    car: Sheet(plain(320, 256), 1.05, (10, 0)),
+    tree: Sheet(plain(256, 256)),
+    flower: Sheet(plain(256, 256), 0.95, (-8, 0)),
+    sun: Sheet(plain(200, 200), 0.95, (4, -4)),
+    fish: Sheet(plain(256, 256), 0.95, (0, 5)),
+    boat: Sheet(plain(256, 256), 0.95, (5, 0)),
+    star: Sheet(plain(256, 256), 0.85, (-10, 6)),
+    heart: Sheet(plain(256, 256), 0.9),
+    umbrella: Sheet(plain(256, 256)),
+    mushroom: Sheet(plain(640, 400), 0.45, (170, 70)),  # small, far from the middle
+    balloon: Sheet(plain(300, 300, "#bfe3f2")),
+    coffee: Sheet(plain(256, 256), pressure=0.35),
+    rocket: Sheet(paper(400, 400, 1), 0.85, (-20, 10)),
+    strawberry: Sheet(plain(48, 48)),
+    snowman: Sheet(plain(256, 320, "#27365e"), 0.95, (0, 20)),
+    icecream: Sheet(table(320, 320, 2), 0.9),
 }
 
 
 def main() -> None:
     """Draw them all."""
-    for draw, (size, scale, offset) in DOODLES.items():
-        hand = Hand(zlib.crc32(draw.__name__.encode()), size, scale, offset)
+    for draw, sheet in DOODLES.items():
+        hand = Hand(zlib.crc32(draw.__name__.encode()), sheet.ground, sheet.scale, sheet.offset)
         draw(hand)
-        hand.save(draw.__name__)
+        hand.drawing(sheet.pressure).save(HERE / f"{draw.__name__}.png")
 
 
 if __name__ == "__main__":

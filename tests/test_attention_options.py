@@ -202,7 +202,7 @@ def test_fused_networks_load_the_ordinary_names() -> None:
 
 
 def test_fused_projections_and_adapters_exclude_each_other(own: Any) -> None:
-    files = lora_by_hand.lora(own)
+    files = lora_by_hand.lora(own, text=())  # the text encoder is every test's
     own.fuse_qkv_projections(vae=False)
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         own.load_lora_weights({})

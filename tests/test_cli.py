@@ -37,7 +37,7 @@ def test_run_and_again(work: Path, folder: Path) -> None:
     ran = sdedit(
         *("run", "in.png", "apple, red: 1", "-o", "out.png", "--model", folder, "--steps", 4, "--seed", 7),
         *("--negative", "grey", "--scheduler", "euler-a", "--size", "original", "--strength", 0.6, "--guidance", 3),
-        *("--exact-steps", "--extra-noise", 0.1, "--weighting"),
+        *("--exact-steps", "--extra-noise", 0.1, "--weighting", "--repeats", 2),
         cwd=work,
     )
     assert ran.returncode == 0, ran.stderr
@@ -45,7 +45,8 @@ def test_run_and_again(work: Path, folder: Path) -> None:
     settings = read_settings(work / "out.png")
     assert (settings.prompt, settings.negative, settings.seed) == ("apple, red: 1", "grey", 7)
     assert (settings.exact_steps, settings.extra_noise, settings.weighting) == (True, 0.1, True)
-    assert "4 steps from noise level" in ran.stderr
+    assert settings.repeats == 2
+    assert "2 times 4 steps from noise level" in ran.stderr
     assert (settings.sampler, settings.scheduler, settings.size) == ("Euler a", "euler-a", (60, 44))
 
     # From another folder, under another name: the same picture.

@@ -400,6 +400,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(({"num_inference_steps": v}, "num_inference_steps=") for v in (0, -3, 2.5, "4", None, True)),
     *(({"strength": v}, r"strength.*") for v in ([], [0.5, 2], [0.5, "x"])),
     *(({"extra_noise": v}, "extra_noise=.*expected a number from 0 to 1") for v in (-1, 2, NAN, None)),
+    *(({"repeats": v}, "repeats=.*expected a whole number of at least 1") for v in (0, -1, 1.5, "2", None, True)),
     ({"prompt": ["a", "b", "c"], "guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 3 pictures"),
     ({"num_inference_steps": 5000}, "num_inference_steps.*5000"),
     *(

@@ -123,6 +123,38 @@ def test_extra_noise_is_added_to_the_clean_latents(pipe: Any) -> None:
     assert torch.allclose(more, by_hand, atol=1e-5)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own settings"])
+@pytest.mark.parametrize("name", NAMES)
+def test_repeats_are_runs_one_after_the_other(pipe: Any, name: str, own: bool) -> None:
+    pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
+    common = {"strength": [0.5, 0.9] if own else 0.6, "num_inference_steps": 5, "output_type": "latent"}
+    common |= {"num_images_per_prompt": 2, "extra_noise": 0.1}
+    together = pipe("apple", picture(), repeats=3, generator=(g := [generator(0), generator(1)]), **common).images
+    by_hand, h = picture(), [generator(0), generator(1)]
+    for _ in range(3):
+        by_hand = pipe("apple", by_hand, generator=h, **common).images
+    assert torch.equal(together, by_hand)
+    assert [one.get_state().tolist() for one in g] == [one.get_state().tolist() for one in h]
+
+
+def test_cancelling_ends_the_repeats(pipe: Any) -> None:
+    seen = []
+    pipe("apple", picture(), repeats=3, num_inference_steps=2, strength=1, callback_on_step_end=stop_after(seen, 3))
+    assert seen == [0, 1, 0]
+
+
+def stop_after(seen: list[int], calls: int) -> Any:
+    """A callback that notes the steps and cancels after some."""
+
+    def step_end(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        seen.append(step)
+        if len(seen) == calls:
+            pipe.cancel()
+        return {}
+
+    return step_end
+
+
 def test_a_picture_that_runs_no_step_is_the_round_trip(pipe: Any) -> None:
     out = pipe(
         "apple",

@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
-from paths import HERE, work_folder, write_json
+from paths import work_folder, write_json
 
 SIZE = 128
 HOLD_OUT_EVERY = 40  # every 40th emoji, in all its styles, is kept from the VAE to measure it
@@ -103,6 +102,8 @@ def read_webp(folder: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def read_iconify(folder: Path) -> Iterator[tuple[str, Image.Image]]:
+    import resvg_py
+
     sheet = json.loads((folder / "icons.json").read_text("utf-8"))
     for code, name in sorted(json.loads((folder / "chars.json").read_text("utf-8")).items()):
         icon = sheet["icons"].get(name)
@@ -166,6 +167,7 @@ def build() -> None:
     )
 
 
+@cache
 def load() -> tuple[np.ndarray, list[Item]]:
     """The pictures (N, 128, 128, 4), memory-mapped, and their items; made first when they are missing."""
     if not (work_folder() / "items.json").exists():
@@ -174,50 +176,11 @@ def load() -> tuple[np.ndarray, list[Item]]:
     return np.load(work_folder() / "images.npy", mmap_mode="r"), items
 
 
-@cache
-def things() -> dict[str, list[str]]:
-    """things.txt: the names that people draw most, each with the plain words for it."""
-    listed = {}
-    for line in (HERE / "things.txt").read_text("utf-8").splitlines():
-        line = line.split("#")[0].strip()
-        if line:
-            name, _, words = line.partition(":")
-            listed[name.strip("* ")] = [word.strip() for word in words.split(",") if word.strip()]
-    return listed
-
-
-@cache
-def starred() -> set[str]:
-    """The names in things.txt with a star."""
-    lines = (HERE / "things.txt").read_text("utf-8").splitlines()
-    return {line.partition(":")[0].strip("* ") for line in lines if line.startswith("*")}
-
-
-def caption(item: Item, rng: np.random.Generator) -> str:
-    """Words for one picture: a name, mostly the style, now and then tags, group and colours. One in ten is empty."""
-    if rng.random() < 0.1:
-        return ""
-    synonyms = things().get(item.name, [])
-    name = item.name if not synonyms or rng.random() < 0.4 else str(rng.choice(synonyms))
-    words = []
-    if item.colours and rng.random() < 0.35:
-        main = item.colours[0]
-        if rng.random() < 0.6 and main not in name:
-            name = f"{main} {name}"
-        else:
-            words += item.colours[: rng.integers(1, len(item.colours) + 1)]
-    if rng.random() < 0.75:
-        words.append(item.style)
-    if item.tags and rng.random() < 0.25:
-        words += list(rng.permutation(item.tags)[: rng.integers(1, 4)])
-    if rng.random() < 0.1:
-        words.append(item.group.replace("-", " "))
-    rng.shuffle(words)
-    article = f"a {name}" if rng.random() < 0.15 else name
-    if words and rng.random() < 0.15:
-        words.append(article)
-        return ", ".join(words)
-    return ", ".join([article, *words])
+def on_ground(rgba: np.ndarray, colour: np.ndarray | float = 1.0) -> np.ndarray:
+    """Pictures (..., 4), uint8, over a flat colour in [0, 1], white if not given; float32 in [0, 1]."""
+    rgba = rgba.astype(np.float32) / 255
+    alpha = rgba[..., 3:]
+    return rgba[..., :3] * alpha + np.float32(colour) * (1 - alpha)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,23 @@
 
     python training/export.py [FOLDER]
 
-The folder is src/sdedit/default_model unless another is named.
+The folder is src/sdedit/default_model unless another is named. `evaluate.py` measures it and writes its card.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-import train_unet
-import train_vae
-from data import HOLD_OUT_EVERY, load, things
+from captions import things
 from latents import finished_vae
-from paths import EXPORT, HERE, read_json, work_folder, write_json
-from words import LENGTH, tokenizer
+from loop import read_state
+from model import SCHEDULER, UNET, VAE, averaged, new_denoiser, start_folder, tokenizer
+from paths import EXPORT, read_json, work_folder, write_json
+from sdedit.finetune.objective import Denoiser
 
 LAYOUT = {
     "_class_name": "StableDiffusionImg2ImgPipeline",
@@ -33,24 +33,15 @@ LAYOUT = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
 }
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "_diffusers_version": "0.42.1",
-    "num_train_timesteps": train_unet.STEPS,
-    "beta_start": train_unet.BETAS[0],
-    "beta_end": train_unet.BETAS[1],
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "timestep_spacing": "leading",
-}
 
 
-def write_model(folder: Path, kind: str, config: dict, model: nn.Module) -> None:
+def write_config(folder: Path, name: str, kind: str, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json({"_class_name": kind, "_diffusers_version": "0.42.1", **config}, folder / "config.json")
+    write_json({"_class_name": kind, "_diffusers_version": "0.42.1", **config}, folder / name)
+
+
+def write_model(folder: Path, kind: str, config: dict[str, Any], model: nn.Module) -> None:
+    write_config(folder, "config.json", kind, config)
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
@@ -65,65 +56,43 @@ def write_text_encoder(folder: Path, model: CLIPTextModel) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def rounded(model: nn.Module) -> nn.Module:
-    """The model with its weights rounded to float16, as they will be read back."""
-    return model.half().float()
+def history(denoiser: Denoiser, vae: nn.Module) -> dict[str, Any]:
+    """What the card says of sizes and of the training; what an earlier training did is added to it."""
+    parts = {"vae": vae, "unet": denoiser.unet, "text": denoiser.text_encoder}
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
+    start = start_folder()
+    before = read_json(start / "training.json") if start else {"things": 0}
+    steps: dict[str, Any] = {}
+    for part in ("vae", "unet"):
+        file = work_folder() / f"{part}.pt"
+        state = read_state(file) if file.exists() else {"step": 0, "seconds": 0.0}
+        steps[f"{part}_steps"] = before.get(f"{part}_steps", 0) + state["step"]
+        steps[f"{part}_minutes"] = round(before.get(f"{part}_minutes", 0) + state["seconds"] / 60)
+    pictures = len(read_json(work_folder() / "latents.json"))
+    return {**sizes, **steps, "things": len(things()), "things_before": before["things"], "pictures": pictures}
 
 
-def card(model: train_unet.Painter, vae: nn.Module, state: dict) -> str:
-    pictures, items = load()
-    held_out = [i for i, item in enumerate(items) if item.held_out]
-    vae_state = torch.load(work_folder() / "vae.pt", weights_only=True)
-    sizes = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in (("vae", vae), ("unet", model.unet), ("text", model.text))
-    }
-    psnr = train_vae.psnr(vae, pictures, held_out)
-    print(f"PSNR {psnr:.2f} dB over {len(held_out)} held-out pictures")
-    return (
-        (HERE / "card.md")
-        .read_text("utf-8")
-        .format(
-            **sizes,
-            total=sum(sizes.values()),
-            psnr=psnr,
-            held_out=len(held_out),
-            every=HOLD_OUT_EVERY,
-            things=len(things()),
-            pictures=len(read_json(work_folder() / "latents.json")),
-            length=LENGTH,
-            batch=state["batch"],
-            unet_steps=state["step"],
-            unet_minutes=state["seconds"] / 60,
-            vae_steps=vae_state["step"],
-            vae_minutes=vae_state["seconds"] / 60,
-        )
-    )
+def export(folder: Path) -> None:
+    """Write all parts."""
+    denoiser, vae = averaged(new_denoiser(), work_folder() / "unet.pt"), finished_vae()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(LAYOUT, folder / "model_index.json")
+    write_model(folder / "vae", "AutoencoderKL", VAE, vae)
+    write_model(folder / "unet", "UNet2DConditionModel", UNET, denoiser.unet)
+    write_text_encoder(folder / "text_encoder", denoiser.text_encoder)
+    write_config(folder / "scheduler", "scheduler_config.json", "DDIMScheduler", SCHEDULER)
+    words = tokenizer()
+    source = Path(words.name_or_path)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        (folder / "tokenizer" / name).write_bytes((source / name).read_bytes())
+    write_json(history(denoiser, vae), folder / "training.json")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else EXPORT
-    words = tokenizer()
-    model = train_unet.Painter(words).eval()
-    state = torch.load(work_folder() / "unet.pt", weights_only=True)
-    model.load_state_dict(state["ema"])
-    model, vae = rounded(model), rounded(finished_vae())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(LAYOUT, folder / "model_index.json")
-    write_model(folder / "vae", "AutoencoderKL", {**train_vae.CONFIG, "scaling_factor": train_unet.LATENT_SCALE}, vae)
-    write_model(folder / "unet", "UNet2DConditionModel", train_unet.CONFIG, model.unet)
-    (folder / "README.md").write_text(card(model, vae, state), encoding="utf-8")
-    write_text_encoder(folder / "text_encoder", model.text)
-    (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
-    source = work_folder() / "tokenizer"
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for path in source.iterdir():
-        (folder / "tokenizer" / path.name).write_bytes(path.read_bytes())
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 1e6:.1f} MB after {state['step']} steps")
+    export(Path(sys.argv[1]) if len(sys.argv) > 1 else EXPORT)
 
 
 if __name__ == "__main__":

@@ -2,38 +2,41 @@
 
     python training/latents.py
 
-writes `latents.npy` (pictures, versions, 3, 8, 16, 16), float16, where the 3 are the picture, strokes and a doodle
-of it; `latents.json` with the row of each picture in items.json; and the finished VAE, latents centred, into `vae/`.
+writes `latents.npy` (pictures, placements, 4, 8, 16, 16), float16, where the 4 are the picture and guides to it, in the
+order of guides.KINDS; `latents.json` with the row of each picture in items.json; and, if the encoder was trained here,
+`centre.json`, what centres its latents.
 """
 
 import argparse
+import multiprocessing
+import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import Item, load, things
-from guides import background, doodle, on, place, strokes
-from paths import work_folder, write_json
+from captions import training_rows
+from data import load, on_ground
+from guides import KINDS, background, guided, place
+from loop import read_state
+from model import averaged, new_vae
+from paths import read_json, work_folder, write_json
 from sdedit.models.vae import AutoencoderKL
-from train_vae import CONFIG, load_vae, on_background, to_tensor
+from train_vae import pools, to_tensor
 
 
-def centred(vae: AutoencoderKL, latents: Tensor) -> AutoencoderKL:
-    """The same autoencoder with every latent channel shifted and scaled to mean 0 and deviation 1.
+def centred(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
+    """The same autoencoder with every latent channel shifted and scaled, from this mean and deviation to 0 and 1.
 
     The two 1x1 convolutions beside the latents take it up, so nothing else changes.
     """
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    print("channel deviations before:", [round(value, 2) for value in std.tolist()])
-    shape = (-1, 1, 1, 1)
     count = len(mean)
     with torch.no_grad():
         quant, post = vae.quant_conv, vae.post_quant_conv
-        quant.weight[:count] /= std.view(shape)
+        quant.weight[:count] /= std.view(-1, 1, 1, 1)
         quant.bias[:count] = (quant.bias[:count] - mean) / std
         quant.bias[count:] -= 2 * std.log()
         post.bias += post.weight[:, :, 0, 0] @ mean
@@ -42,63 +45,61 @@ def centred(vae: AutoencoderKL, latents: Tensor) -> AutoencoderKL:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, images: list[np.ndarray]) -> Tensor:
-    batch = to_tensor([image.astype(np.float32) / 127.5 - 1 for image in images])
-    with torch.autocast("cpu", torch.bfloat16):
-        return vae.encode(batch).latent_dist.mode().float()
+def encode(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
+    """Pictures (N, H, W, 3) in [0, 1] → latents (N, 8, H/8, W/8), float32, on the CPU."""
+    batch = to_tensor(list(pictures)).to(vae.device)
+    with torch.autocast(vae.device.type, torch.bfloat16):
+        return vae.encode(batch).latent_dist.mode().float().cpu()
 
 
 def finished_vae() -> AutoencoderKL:
-    """The VAE as it ships: read from vae/, or made from the checkpoint by centring its latents."""
-    folder = work_folder() / "vae"
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if not weights.exists():
+    """The autoencoder as it ships: averaged weights, and latents centred, if the encoder was trained here."""
+    file = work_folder() / "vae.pt"
+    vae = averaged(new_vae(), file)
+    if not file.exists() or not any(name.startswith("encoder") for name in read_state(file)["average"]):
+        return vae
+    centre = work_folder() / "centre.json"
+    if not centre.exists():
         pictures, items = load()
-        rows = [i for i, item in enumerate(items) if item.name in things() and not item.held_out][::4]
-        white = [(on_background(pictures[i], np.ones(3, np.float32)) + 1) * 127.5 for i in rows]
-        vae = load_vae()
-        vae = centred(vae, torch.cat([encode(vae, white[k : k + 16]) for k in range(0, len(white), 16)]))
-        folder.mkdir(exist_ok=True)
-        save_file({key: value.contiguous() for key, value in vae.state_dict().items()}, weights)
-    vae = AutoencoderKL(**CONFIG)
-    vae.load_state_dict(load_file(weights))
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        rows = pools(items)[1][::4]
+        latents = torch.cat([encode(vae, on_ground(pictures[rows[k : k + 16]])) for k in range(0, len(rows), 16)])
+        write_json([latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()], centre)
+    return centred(vae, *map(torch.tensor, read_json(centre)))
 
 
-def versions(picture: np.ndarray, item: Item, count: int) -> list[np.ndarray]:
-    """`count` times the picture, strokes and a doodle; placed alike for all styles of the same thing."""
-    images = []
-    for version in range(count):
-        same = np.random.default_rng([zlib.crc32(item.code.encode()), version])
-        own = np.random.default_rng([zlib.crc32(f"{item.code} {item.style}".encode()), version])
-        sheet, colour = place(picture, same), background(same)
-        true = on(sheet, colour)
-        images += [np.asarray(image) for image in (true, strokes(true, own), doodle(sheet, colour, own))]
-    return images
+def placements(row: int, count: int) -> np.ndarray:
+    """A picture and its guides `count` times, (count * kinds, 128, 128, 3), uint8; alike in all styles."""
+    pictures, items = load()
+    item, images = items[row], []
+    for n in range(count):
+        same = np.random.default_rng([zlib.crc32(item.code.encode()), n])
+        own = np.random.default_rng([zlib.crc32(f"{item.code} {item.style}".encode()), n])
+        sheet, colour = place(pictures[row], same), background(same)
+        images += [np.asarray(image) for image in guided(sheet, colour, own)]
+    return np.stack(images)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--versions", type=int, default=6, help="placements of each picture")
-    parser.add_argument("--workers", type=int, default=2, help="CPU cores to use")
+    parser.add_argument("--placements", type=int, default=6, help="of each picture")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that make guides")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    pictures, items = load()
-    vae = finished_vae()
-    rows = [i for i, item in enumerate(items) if item.name in things()]
-    out = np.zeros((len(rows), args.versions, 3, 8, 16, 16), np.float16)
-
-    def one(n: int) -> None:
-        latents = encode(vae, versions(pictures[rows[n]], items[rows[n]], args.versions))
-        out[n] = latents.numpy().reshape(out.shape[1:])
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        for n, _ in enumerate(pool.map(one, range(len(rows)))):
-            if n % 200 == 0:
+    torch.set_num_threads(1)  # of the CPU: the processes that make guides need the rest
+    rows = training_rows(load()[1])
+    vae = finished_vae().to(args.device)
+    out = np.zeros((len(rows), args.placements, len(KINDS), 8, 16, 16), np.float16)
+    # New processes, not forks: the parent holds threads of PyTorch.
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(partial(placements, count=args.placements), rows, chunksize=8)
+        for n, images in enumerate(made):
+            latents = encode(vae, images.astype(np.float32) / 255)
+            out[n] = latents.numpy().reshape(out.shape[1:])
+            if n % 100 == 0:
                 print(f"{n} of {len(rows)} pictures", flush=True)
     np.save(work_folder() / "latents.npy", out)
     write_json(rows, work_folder() / "latents.json")
-    print(f"standard deviation {out[:, :, 0].astype(np.float32).std():.3f}")
+    print(f"{len(rows)} pictures, standard deviation {out[:, :, 0].astype(np.float32).std():.3f}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from data import caption, load, things
+from captions import caption, things
+from data import load
 from paths import work_folder, write_json
 
 LENGTH = 32  # tokens in a prompt, first and last included
@@ -79,8 +80,8 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tokenizer() -> CLIPTokenizer:
-    """The learned tokenizer; learned first when it is missing."""
+def learned_tokenizer() -> CLIPTokenizer:
+    """The tokenizer in the work folder; learned first when it is missing."""
     folder = work_folder() / "tokenizer"
     if not (folder / "vocab.json").exists():
         rng = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 if __name__ == "__main__":
-    made = tokenizer()
+    made = learned_tokenizer()
     for text in ("red apple, 3d", "a grinning cat, twemoji", "façade 42 — ☕"):
         print(text, made.tokenize(text))
     print(len(made), "tokens")

@@ -19,11 +19,13 @@ from sdedit.loading.pretrained import load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
+from sdedit.offload import execution_device, refuse
 from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
+from sdedit.text_prompts import TextPrompts
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts, Memory):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Memory):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -50,8 +52,8 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
 
     @property
     def device(self) -> torch.device:
-        """The device of the UNet."""
-        return torch.device(self.unet.device)
+        """Where the UNet computes."""
+        return execution_device(self.unet)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +61,14 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
         return self.unet.dtype  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does."""
+        """Move and cast all networks, as `torch.nn.Module.to` does.
+
+        Raises:
+            ValueError: A device is given, and the networks are offloaded.
+        """
+        devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (str, int, torch.device, torch.Tensor))]
+        if self._offload is not None and devices:
+            raise ValueError("to: the networks are offloaded and come to the device by turns; remove_all_hooks() first")
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 part.to(*args, **kwargs)
@@ -204,6 +213,7 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, ImagePrompts
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
+        refuse("save_pretrained", self.unet)
         with set_aside(self.unet, self.text_encoder):
             save_components(self.components, self.requires_safety_checker, save_directory, variant)
 

@@ -23,6 +23,15 @@ def say(text: str) -> None:
 
 def ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any, Image]:
     """The pipeline and the input image that settings ask for; what they left open is filled in."""
+    pipe = ready_pipe(settings, device)
+    settings.framed = settings.framed or (size == "auto" and settings.model == "default")
+    guide = resized(guide, size, pipe, settings.framed)
+    settings.size = guide.size
+    return pipe, guide
+
+
+def ready_pipe(settings: Settings, device: str) -> Any:
+    """The pipeline that settings ask for; what they left open is filled in."""
     from sdedit import __version__
     from sdedit.schedulers.names import SCHEDULERS, make_scheduler
 
@@ -39,12 +48,11 @@ def ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any
     if not own:
         pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
     load_adapters(pipe, settings)
-    guide = resized(guide, size, pipe)
-    settings.size, settings.dtype = guide.size, str(dtype).removeprefix("torch.")
+    settings.dtype = str(dtype).removeprefix("torch.")
     settings.scheduler = settings.scheduler or "own"
     settings.sampler, settings.schedule_type = sampler_label(pipe.scheduler)
     settings.version = f"sdedit {__version__}"
-    return pipe, guide
+    return pipe
 
 
 def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
@@ -66,12 +74,14 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         exact_steps=settings.exact_steps,
         extra_noise=settings.extra_noise,
+        repeats=settings.repeats,
         prompt_weighting=settings.weighting,
     )
     seconds = time.perf_counter() - started
     save_all(drawn.images, seeds, settings, output)
     say(settings.to_text().splitlines()[-1])
-    say(f"{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
+    times = f"{settings.repeats} times " if settings.repeats > 1 else ""
+    say(f"{times}{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
 def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
@@ -129,19 +139,27 @@ def place(device: str, dtype: str | None) -> tuple[Any, Any]:
     return where, known[dtype]
 
 
-def resized(image: Image, size: str, pipe: Any) -> Image:
-    """The image at the size that `--size` asks for; models draw badly far from the area that they were trained at."""
+def resized(image: Image, size: str, pipe: Any, frame: bool = False) -> Image:
+    """The image at the size that `--size` asks for; models draw badly far from the area that they were trained at.
+
+    With `frame`, the drawing is first brought to the middle of a sheet that it fills: small models know such sheets.
+    """
     from PIL import Image as PIL
     from PIL import ImageOps
 
+    from sdedit.framing import framed
+
     image = ImageOps.exif_transpose(image)
+    if frame and (sheet := framed(image)) is not image:
+        say(f"the drawing is brought to the middle of a sheet of {sheet.width}×{sheet.height} (--size original: not)")
+        image = sheet
     if size == "original":
         return image
     if size == "auto":
         factor, own = pipe.vae_scale_factor, pipe.unet.config.sample_size
         native = own * factor if isinstance(own, int) else image.width
         scale = native / (image.width * image.height) ** 0.5
-        if 0.6 <= scale <= 1.5:
+        if 0.6 <= scale <= 1.5 and not frame:
             return image
         target = tuple(max(round(side * scale / factor), 1) * factor for side in image.size)
         say(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sdedit import checks
 from sdedit.images import read_images, write_images
 from sdedit.models.ip_adapter import projections
+from sdedit.offload import execution_device
 from sdedit.precision import finite
 
 
@@ -52,14 +53,14 @@ class ImagePrompts:
             pixels = self.feature_extractor(rgb, return_tensors="pt").pixel_values
 
         def run(dtype: torch.dtype) -> Tensor:
-            seen = pixels.to(encoder.device, dtype)
+            seen = pixels.to(execution_device(encoder), dtype)
             if not output_hidden_states:
                 embeds: Tensor = encoder(seen).image_embeds
                 return torch.stack([embeds, torch.zeros_like(embeds)])
             both = [encoder(x, output_hidden_states=True).hidden_states[-2] for x in (seen, torch.zeros_like(seen))]
             return torch.stack(both)
 
-        found = finite("image encoder", encoder, run).to(device or encoder.device)
+        found = finite("image encoder", encoder, run).to(device or execution_device(encoder))
         positive, negative = found.repeat_interleave(num_images_per_prompt, dim=1)
         return positive, negative
 
@@ -103,7 +104,7 @@ class ImagePrompts:
                 positive, negative = self.encode_image(one, device, 1, layer.takes_hidden_states)
                 both = (negative[None], positive[None])[-halves:]
             repeated = [half.repeat(num_images_per_prompt, *[1] * (half.ndim - 1)) for half in both]
-            prepared.append(torch.cat(repeated).to(device or self.unet.device))
+            prepared.append(torch.cat(repeated).to(device or execution_device(self.unet)))
         return prepared
 
     def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int]) -> ImageEmbeds:

@@ -30,12 +30,14 @@ _KEYS = {
     "guidance": "CFG scale",
     "seed": "Seed",
     "size": "Size",
+    "framed": "Framed",
     "model": "Model",
     "embeddings": "Embeddings",
     "strength": "Denoising strength",
     "lora": "LoRA",
     "extra_noise": "Extra noise",
     "exact_steps": "Exact steps",
+    "repeats": "Repeats",
     "weighting": "Prompt weighting",
     "image": "Init image",
     "image_hash": "Init image hash",
@@ -43,6 +45,8 @@ _KEYS = {
     "dtype": "Precision",
     "version": "Version",
 }
+# Those that are written only if they differ from these.
+_USUAL = {"extra_noise": 0, "repeats": 1}
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Settings:
         image: The input image's path; in a file, relative to the folder of that file.
         image_hash: First 16 hex digits of the SHA-256 of the input image's file.
         size: (width, height) in pixels of the picture, to which the input image is brought.
+        framed: The drawing was brought to the middle of a sheet that it fills, before the size.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
         model: `"default"`, a folder, a single file, or a hub id.
@@ -70,6 +75,7 @@ class Settings:
     guidance: float = 7.5
     seed: int = 0
     size: tuple[int, int] | None = None
+    framed: bool = False
     model: str = "default"
     embeddings: tuple[str, ...] = ()
     strength: float = 0.8
@@ -77,6 +83,7 @@ class Settings:
     dtype: str | None = None
     extra_noise: float = 0.0
     exact_steps: bool = False
+    repeats: int = 1
     weighting: bool = False
     version: str | None = None
 
@@ -85,7 +92,8 @@ class Settings:
         pairs = []
         for name, key in _KEYS.items():
             value = getattr(self, name)
-            if value is not None and value is not False and value not in ((), []) and (name != "extra_noise" or value):
+            usual = name in _USUAL and value == _USUAL[name]
+            if value is not None and value is not False and value not in ((), []) and not usual:
                 written = f"{value[0]}x{value[1]}" if name == "size" else _number(value)
                 written = "\n".join(value) if name == "embeddings" else written
                 if name == "lora":  # as the web UI writes them in a prompt

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit import checks, prompts, runs, weighting
+from sdedit import checks, prompts, runs
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
 from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
-from sdedit.models.adapters import scaled
 from sdedit.noise import Generator, randn
+from sdedit.offload import inference
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.pixels import MAX_PIXELS
 from sdedit.precision import finite
@@ -39,7 +39,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
     Attributes:
         max_pixels: Larger input images are refused; `None` for no limit.
-        num_timesteps: UNet calls of the running or last call.
+        num_timesteps: UNet calls of the running or last call, for each of its repeats.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -72,7 +72,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         self.num_timesteps = 0
         self._guidance_scale: float | list[float] = 0.0
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -99,6 +99,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         exact_steps: bool = False,
         extra_noise: float = 0.0,
         prompt_weighting: bool = False,
+        repeats: int = 1,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -130,6 +131,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 strength is then continuous (0.834 and 0.843 differ).
             extra_noise: Add so much of the noise to the clean latents too, against blur at low strength (0 to 1).
             prompt_weighting: Read prompts as AUTOMATIC1111's web UI does, `(word:1.2)`, of any length: see `weighting`.
+            repeats: Noise and denoise so often, each time with fresh noise (SDEdit's K): more realistic, slower.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -143,6 +145,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         num_images_per_prompt = checks.whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         eta = checks.number("eta", eta, 0, 1)
         extra_noise = checks.number("extra_noise", extra_noise, 0, 1)
+        repeats = checks.whole_number("repeats", repeats, 1)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
@@ -177,16 +180,20 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         grid = {"timesteps": timesteps, "sigmas": sigmas}
         starts = runs.starts(self.scheduler, len(latents), settings, grid, exact=exact_steps, device=self.device)
         self.num_timesteps = max(len(start.timesteps) for start in starts)
-        if self.num_timesteps:
+        run = runs.make(starts, len(latents), eta, generator)
+        for repeat in range(repeats if self.num_timesteps else 0):
+            if repeat:
+                run.restart()
             noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
             latents = runs.noised(starts, latents + extra_noise * noise if extra_noise else latents, noise)
 
             # 4. Denoise.
-            run = runs.make(starts, len(latents), eta, generator)
             arguments = {"cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
             latents = self._denoise(
                 run, latents, embeds, negative_embeds, image_embeds, arguments, (callback_on_step_end, wanted)
             )
+            if self._interrupt:
+                break
         ran: dict[str, Any] = {"steps": [s.steps for s in starts], "start_sigmas": [s.sigma for s in starts]}
         if output_type == "latent":
             return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
@@ -200,75 +207,6 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return written, flags
         originals = write_images(pixels, output_type, alphas) if flags and any(flags) else None
         return StableDiffusionPipelineOutput(written, flags, originals, **ran)
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device | str | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-        prompt_weighting: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode prompts, or pass on embeds that were made before.
-
-        Args:
-            prompt, negative_prompt: Strings, or lists of them; a single negative prompt serves all prompts.
-            num_images_per_prompt: Each is repeated that often.
-            do_classifier_free_guidance: Without it there are no negative embeds.
-            lora_scale: Strength of the text encoder's adapters.
-            clip_skip: Leave out that many of the last layers (of the prompt; the negative one is read in full).
-            prompt_weighting: Read weights and prompts of any length, see `sdedit.weighting`.
-
-        Returns:
-            Prompt embeds and negative prompt embeds, (B·num_images_per_prompt, M, C) each.
-        """
-        checks.either("prompt", prompt, "prompt_embeds", prompt_embeds)
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            checks.either("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
-        if clip_skip is not None:
-            checks.whole_number("clip_skip", clip_skip, 0)
-        texts = [] if prompt is None else checks.prompts("prompt", prompt)
-        negative = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        width, dtype, device = self.unet.config.cross_attention_dim, self.unet.dtype, device or self.device
-
-        def encode(texts: list[str], clip_skip: int | None, length: int | None) -> Tensor:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("prompt: this pipeline has no text encoder; pass prompt_embeds and negative ones")
-            encoding = weighting.encode if prompt_weighting else prompts.encode_texts
-            parts = (self.tokenizer, self.text_encoder, texts, clip_skip, length)
-            with scaled(self.text_encoder, lora_scale):
-                return finite("text encoder", self.text_encoder, lambda dtype: encoding(*parts))
-
-        if prompt_embeds is None:
-            # Prompt and negative prompt must have the same length; weighted ones may have any.
-            longest = weighting.length(self.tokenizer, [*texts, *negative]) if prompt_weighting else None
-            prompt_embeds = encode(texts, clip_skip, longest)
-        prompt_embeds = checks.embeds("prompt_embeds", prompt_embeds, width).to(device, dtype)
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0)
-        if not do_classifier_free_guidance:
-            return prompt_embeds, None
-
-        count, length = len(prompt_embeds) // num_images_per_prompt, prompt_embeds.shape[1]
-        if negative_prompt_embeds is None:
-            if len(negative) not in (1, count):
-                raise ValueError(
-                    f"negative_prompt: {len(negative)} of them for {count} prompts; expected one, or as many"
-                )
-            negative_prompt_embeds = encode(negative, None, length)
-        negative_prompt_embeds = checks.embeds("negative_prompt_embeds", negative_prompt_embeds, width)
-        if len(negative_prompt_embeds) == 1:
-            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
-        if negative_prompt_embeds.shape[:2] != (count, length):
-            raise ValueError(
-                f"negative_prompt_embeds: {list(negative_prompt_embeds.shape)}; "
-                f"expected the shape of prompt_embeds, {[count, length, width]}"
-            )
-        return prompt_embeds, negative_prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""

@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+from sdedit.offload import execution_device
+
 
 def embeddings(tokenizer: Any) -> dict[str, list[str]]:
     """Textual inversions that a tokenizer knows: each token T with the tokens of its vectors, T, T_1, T_2, …
@@ -69,7 +71,7 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
         clip_skip: Leave out that many of the last layers; the final norm is applied all the same.
     """
     config = text_encoder.config
-    token_ids = token_ids.to(text_encoder.device)
+    token_ids = token_ids.to(execution_device(text_encoder))
     if not clip_skip:
         return text_encoder(token_ids)[0]  # type: ignore[no-any-return]
     if not 0 < clip_skip < config.num_hidden_layers:

@@ -165,6 +165,8 @@ class PerImageRun:
     def restart(self) -> None:
         """See `Run`."""
         self.memory = None
+        for start in self.starts:
+            start.set()
 
     def active(self, i: int) -> int:
         """Pictures that have an i-th row."""

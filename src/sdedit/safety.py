@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.images import write_images
+from sdedit.offload import execution_device
 
 
 def check_safety(pixels: Tensor, checker: Any, feature_extractor: Any) -> tuple[Tensor, list[bool] | None]:
@@ -24,7 +25,7 @@ def check_safety(pixels: Tensor, checker: Any, feature_extractor: Any) -> tuple[
     if checker is None:
         return pixels, None
     seen = feature_extractor(write_images(pixels, "pil", [None] * len(pixels)), return_tensors="pt")
-    clip_input = seen.pixel_values.to(checker.device, checker.dtype)
+    clip_input = seen.pixel_values.to(execution_device(checker), checker.dtype)
     # A copy: the ecosystem's checkers blacken in place.
     checked, flags = checker(clip_input=clip_input, images=pixels.clone())
     if any(flags):

@@ -93,7 +93,7 @@ def search(
 
     def draw(strengths: list[float]) -> Sweep:
         swept: Sweep = pipe.sweep(image, prompt, strengths, generator, exact_steps=True, **settings)
-        calls.append(pipe.num_timesteps)
+        calls.append(pipe.num_timesteps * settings.get("repeats", 1))
         return swept
 
     def score(picture: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""Run in a process of its own with 8 simulated devices: pictures must be those of one device, in the new way and the old."""
+"""Run in a process of its own with 8 simulated devices: pictures are those of one, by the new way and the old."""
 
 from __future__ import annotations
 

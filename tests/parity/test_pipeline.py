@@ -248,3 +248,12 @@ def test_components_are_exchanged(pairs: Any, scheduler: str) -> None:
         pipe.set_progress_bar_config(disable=True)
     compare(theirs, swapped, strength=0.6, num_inference_steps=6)
     compare(back, ours, strength=0.6, num_inference_steps=6)
+
+
+def test_the_default_model_draws_the_same_picture() -> None:
+    folder = Path(sdedit.__file__).parent / "default_model"
+    theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    ours = sdedit.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+    compare(theirs, ours, prompt="red apple, 3d", image=picture(128, 128, 3), guidance_scale=3.0, strength=0.65)

@@ -39,6 +39,7 @@ Lora = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and printed if not given.")]
 Count = Annotated[int, typer.Option(help="Pictures to make, with the seeds SEED, SEED+1, …")]
+Repeats = Annotated[int, typer.Option(help="Noise and denoise so often: more realistic, slower.")]
 ExactSteps = Annotated[
     bool, typer.Option("--exact-steps", help="Run all of --steps, whatever the strength, which is then continuous.")
 ]
@@ -61,6 +62,14 @@ def check_output(output: Path) -> None:
     """Refuse a name without a suffix, or in a folder that does not exist."""
     if output.suffix == "" or not output.absolute().parent.is_dir():
         raise ValueError(f"-o {output}: expected a picture's name, such as out.png, in a folder that exists")
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """`0.2,0.5` as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} {text}; expected numbers with commas between them") from None
 
 
 def beside(picture: Path, name: str) -> Path:

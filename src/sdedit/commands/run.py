@@ -32,6 +32,7 @@ def run(
     size: o.Size = "auto",
     exact_steps: o.ExactSteps = False,
     extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
+    repeats: o.Repeats = 1,
     weighting: o.Weighting = False,
     embedding: o.Embedding = None,
     max_megapixels: o.MaxMegapixels = 100,
@@ -56,6 +57,7 @@ def run(
         dtype=None if dtype == "auto" else dtype,
         exact_steps=exact_steps,
         extra_noise=extra_noise,
+        repeats=repeats,
         weighting=weighting,
         embeddings=tuple(embedding or ()),
     )

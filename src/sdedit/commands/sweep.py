@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdedit.commands import options as o
-from sdedit.commands.options import SUITED, USUAL, check_output, open_guide
+from sdedit.commands.options import SUITED, USUAL, check_output, numbers, open_guide
 from sdedit.drawing import ready
 from sdedit.metadata import Settings
 
@@ -39,10 +39,7 @@ def sweep(
 ) -> None:
     """Draw IMAGE at several strengths on one labelled sheet, with how far each is from it."""
     check_output(output)
-    try:
-        levels = [float(part) for part in strengths.split(",")]
-    except ValueError:
-        raise ValueError(f"--strengths {strengths}; expected numbers with commas between them") from None
+    levels = numbers("--strengths", strengths)
     suited, chosen = SUITED if model == "default" else USUAL, None if dtype == "auto" else dtype
     embeddings = tuple(embedding or ())
     settings = Settings(prompt, model=model, embeddings=embeddings, scheduler=scheduler, dtype=chosen)

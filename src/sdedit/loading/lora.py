@@ -17,6 +17,7 @@ from sdedit.loading import lora_files, lora_formats, lora_kinds
 from sdedit.loading.lora_formats import LoadReport, Parsed
 from sdedit.models import adapters
 from sdedit.models.attention_options import fused
+from sdedit.offload import refuse
 
 _COMPONENTS = ("unet", "text_encoder")
 
@@ -99,7 +100,9 @@ class LoraLoader:
             return LoadReport(source=str(path) if isinstance(path, (str, os.PathLike)) else "", problem=str(error))
 
     def _lora_models(self) -> dict[str, nn.Module]:
-        return {name: model for name in _COMPONENTS if (model := getattr(self, name)) is not None}
+        models = {name: model for name in _COMPONENTS if (model := getattr(self, name)) is not None}
+        refuse("adapters", *models.values())
+        return models
 
     def _parse(
         self,

@@ -14,6 +14,7 @@ from torch import nn
 from sdedit.files import write_atomically
 from sdedit.loading import keymaps as maps
 from sdedit.loading import ldm
+from sdedit.offload import refuse
 
 
 def save_single_file(source: Any, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:
@@ -36,6 +37,7 @@ def save_single_file(source: Any, path: str | os.PathLike[str], *, torch_dtype: 
         raise ValueError("the tokenizer has added tokens, which no single file holds: unload_textual_inversion() first")
     tensors: dict[str, torch.Tensor] = {}
     for prefix, parts_of, model in _layouts(components):
+        refuse("save_single_file", model)
         state = model.state_dict()
         _refuse_adapters(model)
         parts = parts_of(state)

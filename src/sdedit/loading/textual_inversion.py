@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdedit import prompts
 from sdedit.loading.nested import is_plain, read_nested
 from sdedit.loading.sources import find_file
+from sdedit.offload import refuse
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Tensor
 
@@ -285,6 +286,7 @@ def _family(width: int) -> str:
 
 def _insert(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) -> None:
     """Add tokens to the tokenizer, and their rows to the text encoder's table, before rows that no token uses."""
+    refuse("load_textual_inversion", text_encoder)
     table = text_encoder.get_input_embeddings()
     first, names = len(tokenizer), list(vectors)
     new = torch.stack(list(vectors.values())).to(table.weight)
@@ -297,6 +299,7 @@ def _insert(tokenizer: Any, text_encoder: Any, vectors: Mapping[str, Tensor]) ->
 
 
 def _remove(tokenizer: Any, text_encoder: Any, names: set[str]) -> None:
+    refuse("unload_textual_inversion", text_encoder)
     weight = text_encoder.get_input_embeddings().weight.detach()
     keep = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     keep[tokenizer.convert_tokens_to_ids(sorted(names))] = False

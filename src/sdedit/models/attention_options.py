@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdedit.models.adapters import layers
 from sdedit.models.attention import Attention
+from sdedit.offload import refuse
 
 # Bytes of the scores that `by_queries` lets a plain softmax make at once.
 _SCORES = 64 << 20
@@ -145,6 +146,7 @@ class AttentionOptions(nn.Module):
         Raises:
             ValueError: Adapters are loaded, which belong to the single projections.
         """
+        refuse("fuse_qkv_projections", self)
         if layers(self):
             raise ValueError(
                 "fuse_qkv_projections: adapters are loaded into the projections; unload them first (fuse_lora() and "
@@ -158,6 +160,7 @@ class AttentionOptions(nn.Module):
 
     def unfuse_qkv_projections(self) -> None:
         """Make them by three products again."""
+        refuse("unfuse_qkv_projections", self)
         for layer in self.modules():
             if isinstance(layer, Attention) and isinstance(layer.to_qkv, FusedProjections):
                 layer.to_qkv.joining.remove()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import Attention, ImageKeysValues, attention
+from sdedit.offload import refuse
 
 Shapes = Mapping[str, torch.Size]
 
@@ -132,8 +133,7 @@ class ImageProjections(nn.Module):
             )
         projected = []
         for embeds, layer in zip(image_embeds, self.image_projection_layers, strict=True):
-            like = next(layer.parameters())
-            tokens = layer(embeds.flatten(0, 1).to(like.device, like.dtype))
+            tokens = layer(embeds.flatten(0, 1).to(next(layer.parameters()).dtype))
             projected.append(tokens.unflatten(0, embeds.shape[:2]).flatten(1, 2))
         return projected
 
@@ -149,6 +149,7 @@ def cross_attentions(unet: Any) -> dict[str, Attention]:
 
 def attach(unet: Any, adapters: Sequence[IPAdapter]) -> None:
     """Give a UNet these adapters in place of those that it has; none of them takes all away."""
+    refuse("IP-Adapters", unet)
     for i, layer in enumerate(cross_attentions(unet).values()):
         parts = [adapter.ip_adapter[str(2 * i + 1)] for adapter in adapters]
         layer.ip_adapters = nn.ModuleList(parts)

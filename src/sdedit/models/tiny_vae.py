@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdedit.models.layers import activation
 from sdedit.models.model import Model
 from sdedit.models.vae import DecoderOutput
+from sdedit.models.vae_options import VaeOptions
 from sdedit.output import Output
 
 
@@ -81,7 +82,7 @@ class _TinyDecoder(nn.Module):
         return self.layers(torch.tanh(z / 3) * 3) * 2 - 1
 
 
-class AutoencoderTiny(Model):
+class AutoencoderTiny(VaeOptions, Model):
     """Pixels to latents and back; the arguments are the keys of a published `config.json` of this kind."""
 
     def __init__(
@@ -136,12 +137,12 @@ class AutoencoderTiny(Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Encode pixels (B, 3, H, W) in [-1, 1]."""
-        latents = self.encoder(x)
+        latents = self._apart(self.encoder, x, 1)
         return AutoencoderTinyOutput(latents) if return_dict else (latents,)
 
     def decode(self, x: Tensor, generator: Any = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents (B, latent_channels, h, w) to pixels; `generator` is not used."""
-        sample = self.decoder(x)
+        sample = self._apart(self.decoder, x, 2 ** (len(self.config.block_out_channels) - 1))
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdedit.models.attention import SpatialAttention
 from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from sdedit.models.model import Model
+from sdedit.models.vae_options import VaeOptions
 from sdedit.noise import randn
 from sdedit.output import Output
 
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(VaeOptions, Model):
     """Pixels to latents and back; the arguments are the keys of a published `vae/config.json`."""
 
     def __init__(
@@ -201,7 +202,7 @@ class AutoencoderKL(Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode pixels (B, 3, H, W) in [-1, 1], H and W multiples of f = 2^(blocks - 1)."""
-        moments = self.encoder(x)
+        moments = self._apart(self.encoder, x, 1)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         posterior = DiagonalGaussianDistribution(moments)
@@ -212,7 +213,8 @@ class AutoencoderKL(Model):
 
         `generator` is not used: the decoder draws nothing.
         """
-        sample = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        sample = self._apart(self.decoder, z, 2 ** (len(self.config.block_out_channels) - 1))
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True) -> Any:

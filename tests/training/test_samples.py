@@ -1,0 +1,115 @@
+"""What the networks are shown: the samples of the UNet, the crops of the autoencoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data import Item
+from guides import KINDS
+from latents import centred
+from model import VAE
+from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.models.vae import AutoencoderKL
+from train_unet import GUIDED, LATENT_SCALE, Loss, Samples
+from train_vae import Crops, loss, psnr, to_tensor
+from words import LENGTH
+
+NAMES = ("automobile", "red apple", "house")
+SMALL = {**VAE, "block_out_channels": [8, 8, 8, 8]}
+
+
+@pytest.fixture(scope="module")
+def words() -> object:
+    return StableDiffusionImg2ImgPipeline.from_pretrained().tokenizer
+
+
+@pytest.fixture
+def items() -> list[Item]:
+    return [Item(name, style, name, "group", [], ["red"], False) for name in NAMES for style in ("3d", "flat")]
+
+
+@pytest.fixture
+def samples(items: list[Item], words: object) -> Samples:
+    latents = np.random.default_rng(0).normal(size=(len(items), 2, len(KINDS), 8, 16, 16)).astype(np.float16)
+    latents[:, :, 0] = np.arange(len(items))[:, None, None, None, None]  # the true picture says which one it is
+    return Samples(latents, items, words, 48)
+
+
+def test_a_sample_leads_to_the_true_picture_whatever_it_starts_from(samples: Samples) -> None:
+    for step in range(3):
+        noisy, times, ids, target = samples(step)
+        alpha, sigma = samples.objective.levels(times)
+        clean = alpha * noisy - sigma * target  # what v says the picture is
+        rows = clean.mean((1, 2, 3)) / LATENT_SCALE
+        assert (clean - LATENT_SCALE * rows.round()[:, None, None, None]).abs().max() < 1e-3
+        assert ids.shape == (48, LENGTH)
+        # From the picture itself, the rest is unit noise; from a guide, it is not.
+        left = ((noisy - alpha * clean) / sigma).square().mean((1, 2, 3))
+        outside = (times < GUIDED[0]) | (times >= GUIDED[1])
+        assert (left[outside] - 1).abs().max() < 0.2
+        assert 0.15 < ((left - 1).abs() > 0.2)[~outside].float().mean() < 0.6
+
+
+def test_a_step_draws_the_same_samples_again_and_another_step_others(samples: Samples) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(samples(5), samples(5), strict=True))
+    assert not torch.equal(samples(5)[0], samples(6)[0])
+
+
+def test_the_loss_counts_errors_by_noise_level(samples: Samples) -> None:
+    compute, (noisy, times, ids, target) = Loss(), samples(0)
+    value = compute(lambda *_: target + 1, noisy, times, ids, target)
+    assert value.item() == pytest.approx(compute.objective.weights(times).mean().item(), rel=1e-5)
+    assert compute.by_level() == " ".join(["1.000"] * 5)
+
+
+def test_crops_are_in_range_and_repeat(disc: np.ndarray, items: list[Item]) -> None:
+    crops = Crops(np.stack([disc] * len(items)), items, 8)
+    sizes = set()
+    for step in range(12):
+        pixels, noise = crops(step)
+        assert torch.equal(pixels, crops(step)[0])
+        assert pixels.min() >= -1 and pixels.max() <= 1
+        assert noise.shape == (len(pixels), 8, pixels.shape[2] // 8, pixels.shape[3] // 8)
+        sizes.add(tuple(pixels.shape))
+    assert sizes == {(8, 3, 64, 64), (2, 3, 128, 128)}
+
+
+def test_centring_changes_the_latents_and_nothing_else(disc: np.ndarray) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**SMALL).eval().requires_grad_(False)
+    batch = to_tensor([np.random.default_rng(n).random((64, 64, 3), dtype=np.float32) for n in range(4)])
+    latents = vae.encode(batch).latent_dist
+    before = vae.decode(latents.mode()).sample, latents.std.clone()
+    centred(vae, latents.mean.mean((0, 2, 3)), latents.mean.std((0, 2, 3)))
+    after = vae.encode(batch).latent_dist
+    assert after.mean.mean((0, 2, 3)) == pytest.approx(torch.zeros(8), abs=1e-4)
+    assert after.mean.std((0, 2, 3)) == pytest.approx(torch.ones(8), abs=1e-4)
+    assert (vae.decode(after.mode()).sample - before[0]).abs().max() < 1e-4
+    assert after.std / before[1] == pytest.approx(
+        (after.mean.std((0, 2, 3)) / latents.mean.std((0, 2, 3))).view(8, 1, 1).expand_as(before[1]), rel=1e-3
+    )
+
+
+def test_psnr_is_that_of_the_formula(disc: np.ndarray) -> None:
+    class Grey:
+        device = torch.device("cpu")
+
+        def encode(self, batch: torch.Tensor) -> object:
+            return type("E", (), {"latent_dist": type("D", (), {"mode": lambda _: batch})()})()
+
+        def decode(self, batch: torch.Tensor) -> object:
+            return type("D", (), {"sample": torch.zeros_like(batch)})
+
+    blank = np.zeros((2, 128, 128, 4), np.uint8)  # nothing on white, decoded as mid-grey: half a unit off
+    assert psnr(Grey(), blank, [0, 1]) == pytest.approx(-20 * np.log10(0.5), abs=1e-4)
+
+
+def test_a_part_that_is_frozen_gets_no_gradient(disc: np.ndarray, items: list[Item]) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**SMALL)
+    vae.encoder.requires_grad_(False)
+    loss(vae, *Crops(np.stack([disc] * len(items)), items, 2)(0)).backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert all(p.grad is not None for p in vae.decoder.parameters())

@@ -1,0 +1,51 @@
+"""The doodles of examples/ before and after, as `sdedit run` draws them: the picture in the model card.
+
+python training/doodles.py sheet.png [FOLDER]
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data import SIZE
+from paths import EXPORT, REPOSITORY, read_json
+from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.commands.options import SUITED
+from sdedit.drawing import resized
+from sdedit.sheets import contact_sheet
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+def doodle_sheet(pipe: Any, strength: float = SUITED.strength, guidance: float = SUITED.guidance) -> Image.Image:
+    """Each doodle and, beside it, what it becomes, seed 0."""
+    pictures, labels = [], []
+    for name, prompt in read_json(EXAMPLES / "prompts.json").items():
+        doodle = Image.open(EXAMPLES / f"{name}.png").convert("RGB")
+        drawn = pipe(
+            prompt,
+            resized(doodle, "auto", pipe, frame=True),
+            strength=strength,
+            guidance_scale=guidance,
+            num_inference_steps=SUITED.steps,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+        shown = Image.new("RGB", (SIZE, SIZE), (225, 225, 225))
+        doodle.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
+        shown.paste(doodle, ((SIZE - doodle.width) // 2, (SIZE - doodle.height) // 2))
+        pictures += [shown, drawn]
+        labels += ["", prompt]
+    return contact_sheet(pictures, labels, columns=8)
+
+
+def main() -> None:
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(sys.argv[2] if len(sys.argv) > 2 else EXPORT)
+    pipe.set_progress_bar_config(disable=True)
+    doodle_sheet(pipe).save(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
