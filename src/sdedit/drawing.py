@@ -57,6 +57,12 @@ def ready_pipe(settings: Settings, device: str) -> Any:
 
 def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
     """Draw `count` pictures and write them, each with its seed and settings."""
+    if settings.backend == "jax":
+        from sdedit.flax import drawing as of_jax
+
+        return of_jax.draw(settings, guide, output, count=count, device=device, size=size)
+    if settings.backend != "torch":
+        raise ValueError(f"--backend {settings.backend}; expected torch or jax")
     pipe, guide = ready(settings, guide, device, size)
 
     import torch

@@ -16,6 +16,7 @@ from PIL import Image
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, write_atomically
 from sdedit.flax import schedulers
+from sdedit.flax.adapters import FlaxAdapters
 from sdedit.flax.clip import FlaxCLIPTextModel
 from sdedit.flax.model import FlaxModel, Params
 from sdedit.flax.safety_checker import FlaxStableDiffusionSafetyChecker
@@ -44,7 +45,7 @@ _MODELS: dict[str, type[FlaxModel]] = {
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
 
 
-class FlaxPipeline:
+class FlaxPipeline(FlaxAdapters):
     """The components of Stable Diffusion 1.x or 2.x for JAX. Networks have no parameters: these are in `params`.
 
     `params` is a dict with the parameters of `vae`, `text_encoder`, `unet` and, if there is one, `safety_checker`, and

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (teaches NumPy, and so safetensors, what bfloat16 is)
 import numpy as np
-from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
+from flax import serialization, traverse_util
 from sdedit.files import refuse_lfs_pointer, write_atomically
 from sdedit.loading.folders import weights_in
 from sdedit.loading.headers import read_header
-from sdedit.loading.keymaps import OLD_VAE_ATTENTION
+from sdedit.loading.keymaps import LISTS, OLD_VAE_ATTENTION
 from sdedit.loading.layout import differences, vae_name
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,11 +82,16 @@ def flax_name(name: str, layout: Layout, expected: Shapes) -> str | None:
     renamed = layout.rename(name)
     if renamed is None:
         return None
-    path = renamed if layout.levels else re.sub(r"\.(\d+)(?=\.)", r"_\1", renamed)
+    path = renamed if layout.levels else re.sub(rf"\b({'|'.join(LISTS)})\.(\d+)(?=\.)", r"\1_\2", renamed)
     parent, _, leaf = path.replace(".", "/").rpartition("/")
     leaves = ("kernel", "scale", "embedding") if leaf == "weight" else (leaf,)
     paths = [f"{parent}/{leaf}".lstrip("/") for leaf in leaves]
     return next((path for path in paths if path in expected), paths[0])
+
+
+def torch_name(path: str) -> str:
+    """What PyTorch calls a layer of the UNet or the text encoder at a path."""
+    return re.sub(rf"\b({'|'.join(LISTS)})_(\d+)\b", r"\1.\2", path.replace("/", "."))
 
 
 def flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,12 +171,17 @@ def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray[An
     try:
         from sdedit.loading.checkpoint import read_weights
     except ImportError as error:
-        raise ImportError(
-            f"{path} is a pickle, which only torch reads, and torch is not installed: use a .safetensors file, or "
-            "pip install torch"
-        ) from error
+        raise needs_torch(path) from error
     tensors = read_weights(path, list(names))
     return {name: _from_torch(tensor) for name, tensor in tensors.items()}
+
+
+def needs_torch(path: Path) -> ImportError:
+    """The error for a file that cannot be read without torch."""
+    return ImportError(
+        f"{path} is a pickle, which only torch reads, and torch is not installed: use a .safetensors file, or "
+        "pip install torch"
+    )
 
 
 def _from_torch(tensor: Any) -> np.ndarray[Any, Any]:

@@ -223,8 +223,9 @@ def _batch(
 
     def spread(name: str, array: Any, axes: int) -> Any:
         """One for each image, of what is one for all."""
+        xp = jnp if isinstance(array, jax.Array) else np  # NumPy compiles nothing
         try:
-            return jnp.broadcast_to(array, (*front, *array.shape[array.ndim - axes :]))
+            return xp.broadcast_to(array, (*front, *array.shape[array.ndim - axes :]))
         except ValueError as error:
             raise ValueError(f"{name}: shape {list(array.shape)} for a batch of {list(front)}") from error
 
@@ -232,8 +233,8 @@ def _batch(
     made = {
         "prompt_ids": spread("prompt_ids", ids, 1),
         "neg_prompt_ids": spread("neg_prompt_ids", negative, 1),
-        "image": spread("image", jnp.asarray(pixels, jnp.float32), 3),
-        "guidance": spread("guidance_scale", jnp.asarray(guidance_scale, jnp.float32), 0),
+        "image": spread("image", pixels.astype(np.float32), 3),
+        "guidance": spread("guidance_scale", np.asarray(guidance_scale, np.float32), 0),
         "key": jnp.asarray(key),
     }
     if noise is not None:
