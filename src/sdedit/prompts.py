@@ -13,7 +13,6 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-from sdedit.offload import execution_device
 
 
 def embeddings(tokenizer: Any) -> dict[str, list[str]]:
@@ -70,6 +69,8 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     Args:
         clip_skip: Leave out that many of the last layers; the final norm is applied all the same.
     """
+    from sdedit.offload import execution_device
+
     config = text_encoder.config
     token_ids = token_ids.to(execution_device(text_encoder))
     if not clip_skip:
