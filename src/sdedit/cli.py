@@ -14,6 +14,7 @@ from sdedit.commands.run import again, run
 from sdedit.commands.search import search
 from sdedit.commands.strokes import strokes
 from sdedit.commands.sweep import sweep
+from sdedit.commands.train import app as train
 from sdedit.drawing import say
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 @app.callback(invoke_without_command=True)

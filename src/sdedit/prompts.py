@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-
 def embeddings(tokenizer: Any) -> dict[str, list[str]]:
     """Textual inversions that a tokenizer knows: each token T with the tokens of its vectors, T, T_1, T_2, …
 
@@ -83,14 +82,19 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     return norm(hidden)  # type: ignore[no-any-return]
 
 
+def prompt_length(tokenizer: Any, text_encoder: Any) -> int:
+    """Tokens that a model reads of a prompt, the first and last mark included."""
+    # A tokenizer without settings says that there is no limit.
+    return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
+
+
 def encode_texts(
     tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
 ) -> Tensor:
     """Prompt embeds (B, M, C) of texts; M is `length`, or as many tokens as the model reads."""
     import torch
 
-    # A tokenizer without settings says that there is no limit.
-    length = length or min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    length = length or prompt_length(tokenizer, text_encoder)
     return encode(text_encoder, torch.from_numpy(tokenize(tokenizer, texts, length)), clip_skip)
 
 

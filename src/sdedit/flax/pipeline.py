@@ -88,7 +88,7 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
 
     def prepare_text_inputs(self, prompt: str | list[str]) -> np.ndarray[Any, Any]:
         """Token ids (B, M) of prompts or negative prompts."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.max_position_embeddings)
+        length = prompts.prompt_length(self.tokenizer, self.text_encoder)
         return prompts.tokenize(self.tokenizer, checks.prompts("prompt", prompt), length)
 
     def __call__(

@@ -244,7 +244,7 @@ class UNet2DConditionModel(Model):
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         sinusoids = timestep_embedding(
             times,
-            self.conv_in.out_channels,
+            self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
