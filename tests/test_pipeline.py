@@ -401,6 +401,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(({"strength": v}, r"strength.*") for v in ([], [0.5, 2], [0.5, "x"])),
     *(({"extra_noise": v}, "extra_noise=.*expected a number from 0 to 1") for v in (-1, 2, NAN, None)),
     *(({"repeats": v}, "repeats=.*expected a whole number of at least 1") for v in (0, -1, 1.5, "2", None, True)),
+    ({"mask_image": "mask.png"}, "mask_image: str; expected a PIL image"),
+    ({"mask_image": picture(48, 64)}, "mask_image: 48×64 for an image of 64×48 pixels"),
+    ({"mask_image": [picture()] * 3, "prompt": ["a", "b"]}, "mask_image, strength_map: 3 values for 2 pictures"),
+    ({"strength_map": np.full((48, 64), 1.5)}, "strength_map: values from 1.5 to 1.5"),
+    *(
+        ({"mask_feather": v}, "mask_feather=.*expected a whole number of at least 0")
+        for v in (-1, 0.5, "2", None, True)
+    ),
     ({"prompt": ["a", "b", "c"], "guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 3 pictures"),
     ({"num_inference_steps": 5000}, "num_inference_steps.*5000"),
     *(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sdedit.commands.evaluate import evaluate
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
 from sdedit.commands.search import search
@@ -33,6 +34,7 @@ COMMANDS = (
     sweep,
     search,
     strokes,
+    evaluate,
     models,
     inspect,
 )

@@ -24,11 +24,13 @@ class Images:
     Attributes:
         pixels: (B, 3, H, W) in [-1, 1], float32; latents (B, C, h, w) if `latent`.
         alphas: For each image the alpha channel (H, W) in [0, 1] that it came with, or `None`.
+        colours: (B, 3, H, W) in [0, 1], to the bit as they came, also below what is clear; none of latents.
         latent: They are latents already, scaled as the UNet expects them.
     """
 
     pixels: Tensor
     alphas: list[Tensor | None] = field(default_factory=list)
+    colours: Tensor = field(default_factory=lambda: torch.empty(0))
     latent: bool = False
 
     def cropped(self, pixels: Tensor) -> Tensor:
@@ -39,9 +41,9 @@ class Images:
 
 def read_images(image: ImageInput, latent_channels: int, max_pixels: int | None = MAX_PIXELS) -> Images:
     """Read what users pass as `image`: see `sdedit.pixels.read_pixels`."""
-    pixels, alphas, latent = read_pixels(image, latent_channels, max_pixels)
-    kept = [None if alpha is None else torch.from_numpy(alpha) for alpha in alphas]
-    return Images(torch.from_numpy(pixels), kept, latent)
+    read = read_pixels(image, latent_channels, max_pixels)
+    alphas = [None if alpha is None else torch.from_numpy(alpha) for alpha in read.alphas]
+    return Images(torch.from_numpy(read.pixels), alphas, torch.from_numpy(read.colours), read.latent)
 
 
 def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:

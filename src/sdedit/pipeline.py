@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit import checks, prompts, runs
+from sdedit import checks, masks, prompts, runs
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
 from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
@@ -100,6 +100,9 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         extra_noise: float = 0.0,
         prompt_weighting: bool = False,
         repeats: int = 1,
+        mask_image: ImageInput | None = None,
+        strength_map: ImageInput | None = None,
+        mask_feather: int = 4,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -132,6 +135,11 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             extra_noise: Add so much of the noise to the clean latents too, against blur at low strength (0 to 1).
             prompt_weighting: Read prompts as AUTOMATIC1111's web UI does, `(word:1.2)`, of any length: see `weighting`.
             repeats: Noise and denoise so often, each time with fresh noise (SDEdit's K): more realistic, slower.
+            mask_image: Where the image may change: white (1) changes, black (0) stays to the bit, grey mixes both.
+                Of the image's size; one for all, or one for each image or picture: see `masks.read_mask`.
+            strength_map: The strength of each pixel, 0 (black) to 1 (white), likewise; `strength` is the most that any
+                of them gets. Where it is 0, the image stays to the bit.
+            mask_feather: Pixels over which the change fades in from the edges of mask and map, inwards; 0: at once.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -146,6 +154,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         eta = checks.number("eta", eta, 0, 1)
         extra_noise = checks.number("extra_noise", extra_noise, 0, 1)
         repeats = checks.whole_number("repeats", repeats, 1)
+        mask_feather = checks.whole_number("mask_feather", mask_feather, 0)
         checks.output_type(output_type)
         checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
@@ -155,6 +164,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
         # 1. Read the image and the prompt.
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
+        region = masks.read_region(mask_image, strength_map, mask_feather, images, self.vae_scale_factor)
         self._guidance_scale, self._interrupt = scales[0] if len(scales) == 1 else scales, False
         embeds, negative_embeds = self.encode_prompt(
             prompt,
@@ -167,7 +177,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             prompt_weighting=prompt_weighting,
         )
         settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
+        settings |= region.settings(len(images.pixels))
         of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt, settings)
+        region = region.of_pictures(of_image, len(images.pixels))
+        settings["strength"] = region.limited(strengths)
         checks.generators(generator, len(of_image))
         image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt)
         embeds = embeds[of_prompt]
@@ -180,17 +193,18 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         grid = {"timesteps": timesteps, "sigmas": sigmas}
         starts = runs.starts(self.scheduler, len(latents), settings, grid, exact=exact_steps, device=self.device)
         self.num_timesteps = max(len(start.timesteps) for start in starts)
-        run = runs.make(starts, len(latents), eta, generator)
+        run, clean = runs.make(starts, len(latents), eta, generator), latents
         for repeat in range(repeats if self.num_timesteps else 0):
             if repeat:
                 run.restart()
             noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
             latents = runs.noised(starts, latents + extra_noise * noise if extra_noise else latents, noise)
 
-            # 4. Denoise.
+            # 4. Denoise; what is to stay is the source, at each level.
+            keep = region.keep(starts, clean, noise)
             arguments = {"cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
             latents = self._denoise(
-                run, latents, embeds, negative_embeds, image_embeds, arguments, (callback_on_step_end, wanted)
+                run, latents, keep, embeds, negative_embeds, image_embeds, arguments, (callback_on_step_end, wanted)
             )
             if self._interrupt:
                 break
@@ -199,7 +213,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
 
         # 5. Decode, and cut off what was padded.
-        pixels = images.cropped(self._decode(latents))
+        pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
         checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
         alphas = [images.alphas[i] for i in of_image]
         written = write_images(checked, output_type, alphas)
@@ -235,6 +249,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         self,
         run: runs.Run,
         latents: Tensor,
+        keep: masks.Keep,
         embeds: Tensor,
         negative_embeds: Tensor | None,
         image_embeds: ImageEmbeds,
@@ -248,7 +263,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         # Callbacks know prompt embeds as the UNet's batch: the negative half first.
         both = embeds if negative_embeds is None else torch.cat([negative_embeds, embeds])
         tensors: dict[str, Any] = {"latents": latents[order], "image_embeds": image_embeds.reordered(order)}
-        tensors |= {"prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
+        tensors |= {"keep": keep.reordered(order), "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
         scale, own = self._guidance_scale, self.unet.dtype
         scale = [scale[i] for i in order] if isinstance(scale, list) else scale
 
@@ -291,6 +306,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                     without, with_prompt = prediction.chunk(2)
                     prediction = without + self._guidance_weight(without) * (with_prompt - without)
                 stepped = run.step(i, prediction, latents[:count])
+                stepped = tensors["keep"].restored(run, i, stepped)
                 tensors["latents"] = stepped if count == len(latents) else torch.cat([stepped, latents[count:]])
                 if on_step_end is not None:
                     seen = {name: tensors[name] for name in wanted}

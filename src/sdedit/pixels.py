@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -60,9 +60,23 @@ def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
         )
 
 
-def read_pixels(
-    image: Any, latent_channels: int, max_pixels: int | None = MAX_PIXELS
-) -> tuple[Array, list[Array | None], bool]:
+class Pictures(NamedTuple):
+    """What was read.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [-1, 1], float32; latents (B, C, h, w) if `latent`.
+        alphas: For each image the alpha channel (H, W) in [0, 1] that it came with, or `None`.
+        colours: (B, 3, H, W) in [0, 1], to the bit as they came, also below what is clear; none of latents.
+        latent: They are latents already.
+    """
+
+    pixels: Array
+    alphas: list[Array | None]
+    colours: Array
+    latent: bool = False
+
+
+def read_pixels(image: Any, latent_channels: int, max_pixels: int | None = MAX_PIXELS) -> Pictures:
     """Read what users pass as an image.
 
     Args:
@@ -72,10 +86,6 @@ def read_pixels(
             is taken as latents.
         latent_channels: Channels of the VAE's latents.
         max_pixels: Limit of one image; `None` for none.
-
-    Returns:
-        Pixels (B, 3, H, W) in [-1, 1], or latents (B, C, h, w), in float32; for each image the alpha channel (H, W) in
-        [0, 1] that it came with, or `None`; and whether they are latents.
 
     Raises:
         TypeError, ValueError: It is none of these, empty, of mixed sizes, out of range, not finite, or too large.
@@ -94,12 +104,13 @@ def read_pixels(
         )
     if read[0][1]:
         latents = np.concatenate([array for array, _ in read])
-        return latents, [None] * len(latents), True
+        return Pictures(latents, [None] * len(latents), np.empty(0, np.float32), latent=True)
     # Values in [-1, 1] are told from [0, 1] by all images of the list: a light one has no negative values.
-    units = [_to_unit(array) for array, _ in read]
+    units = [to_unit(array) for array, _ in read]
     signed = any(float(array.min()) < -_TOLERANCE for array in units)
     composed = [_composite((one / 2 + 0.5 if signed else one).clip(0, 1)) for array in units for one in array]
-    return np.stack([pixels for pixels, _ in composed]), [alpha for _, alpha in composed], False
+    pixels, alphas, colours = zip(*composed, strict=True)
+    return Pictures(np.stack(pixels), list(alphas), np.stack(colours))
 
 
 def _read_one(image: Any, latent_channels: int, max_pixels: int | None) -> tuple[Array, bool]:
@@ -159,8 +170,7 @@ def pil_to_array(image: Image.Image) -> Array:
         if image.mode[0] in "IF":
             return _deep_to_array(image)
         image = image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
-        transparent = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-        return np.asarray(image.convert("RGBA" if transparent else "RGB")).astype(np.float32) / 255
+        return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")).astype(np.float32) / 255
     except Exception as error:  # decoding may begin only here
         raise ValueError(
             f"image: this {image.mode} picture cannot be read as RGB ({error}); save it as an ordinary PNG first"
@@ -182,36 +192,38 @@ def _deep_to_array(image: Image.Image) -> Array:
     return np.repeat(grey[..., None] / top, 3, axis=-1)
 
 
-def _to_unit(array: Array) -> Array:
-    """(B, H, W, C) of whole numbers, or of floats in [0, 1] or [-1, 1], to float32; floats keep their range."""
+def to_unit(array: Array, name: str = "image") -> Array:
+    """Arrays of whole numbers, or of floats in [0, 1] or [-1, 1], to float32; floats keep their range."""
     if array.dtype == bool:
         return array.astype(np.float32)
     if np.issubdtype(array.dtype, np.integer):
         top = 65535 if array.dtype == np.uint16 else 255
         if array.min() < 0 or array.max() > top:
-            raise ValueError(f"image: whole numbers from {array.min()} to {array.max()}; expected 0 to {top}")
+            raise ValueError(f"{name}: whole numbers from {array.min()} to {array.max()}; expected 0 to {top}")
         return array.astype(np.float32) / top
     if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"image: an array of {array.dtype}; expected uint8, uint16, bool or floating point")
+        raise TypeError(f"{name}: an array of {array.dtype}; expected uint8, uint16, bool or floating point")
     array = array.astype(np.float32)
-    _check_finite(array)
+    _check_finite(array, name)
     low, high = float(array.min()), float(array.max())
     if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
         raise ValueError(
-            f"image: values from {low:g} to {high:g}; expected floats in [0, 1] or [-1, 1] (divide by 255), or uint8"
+            f"{name}: values from {low:g} to {high:g}; expected floats in [0, 1] or [-1, 1] (divide by 255), or uint8"
         )
     return array
 
 
-def _check_finite(values: Array) -> None:
+def _check_finite(values: Array, name: str = "image") -> None:
     if not np.isfinite(values).all():
-        raise ValueError("image: it holds NaN or infinite values; expected finite ones")
+        raise ValueError(f"{name}: it holds NaN or infinite values; expected finite ones")
 
 
-def _composite(array: Array) -> tuple[Array, Array | None]:
-    """(H, W, C) in [0, 1] to (3, H, W) in [-1, 1] on white, and its alpha (H, W)."""
-    channels, alpha = np.ascontiguousarray(array).transpose(2, 0, 1), None
-    if len(channels) in (2, 4):
-        channels, alpha = channels[:-1], channels[-1]
-        channels = channels * alpha + (1 - alpha)
-    return np.broadcast_to(channels, (3, *channels.shape[1:])) * 2 - 1, alpha
+def _composite(array: Array) -> tuple[Array, Array | None, Array]:
+    """(H, W, C) in [0, 1] to (3, H, W) in [-1, 1] on white; its alpha (H, W); and its colours, (3, H, W) in [0, 1]."""
+    colours = opaque = np.ascontiguousarray(array).transpose(2, 0, 1)
+    alpha = None
+    if len(colours) in (2, 4):
+        colours, alpha = colours[:-1], colours[-1]
+        opaque = colours * alpha + (1 - alpha)
+    shape = (3, *colours.shape[1:])
+    return np.broadcast_to(opaque, shape) * 2 - 1, alpha, np.broadcast_to(colours, shape)

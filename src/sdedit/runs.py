@@ -12,14 +12,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdedit.noise import Generator
 from sdedit.schedulers import rows as row_functions
-from sdedit.schedulers.base import Scheduler
+from sdedit.schedulers.base import Scheduler, mix
 from sdedit.schedulers.rows import Memory, Row
-from sdedit.schedulers.schedule import squeezed_betas
+from sdedit.schedulers.schedule import Array, squeezed_betas
 
 
 class Run(Protocol):
@@ -48,6 +49,9 @@ class Run(Protocol):
 
     def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
         """The active latents after the step."""
+
+    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents of the first pictures, at the level that the i-th UNet call sees; clean after the last."""
 
 
 class Start:
@@ -79,11 +83,22 @@ class Start:
         """Set the scheduler, with nothing remembered of an earlier run."""
         scheduler = self.scheduler
         scheduler.set_timesteps(**self.chosen)
-        steps = self.chosen.get("num_inference_steps") or len(scheduler.timesteps)
-        self.first = (steps - int(steps * self.strength)) * getattr(scheduler, "order", 1)
+        self.count = len(scheduler.timesteps)
+        self.first = int(self._call_of(self.strength))
         self.timesteps: Tensor = scheduler.timesteps[self.first :]
         if len(self.timesteps) and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.first)
+
+    def call_of(self, strengths: Array) -> Array:
+        """The UNet call of this run that a run of another strength would begin with, 0 for greater ones; any shape."""
+        share = np.round(strengths / self.time_scale, 9)  # 0.6 of 0.8 is three quarters
+        return self._call_of(np.minimum(share, self.strength)) - self.first
+
+    def _call_of(self, strength: float | Array) -> Array:
+        """The same for the whole schedule; behind the last for a strength of no steps."""
+        steps = self.chosen.get("num_inference_steps") or self.count
+        taken = np.floor(steps * np.asarray(strength)).astype(int)
+        return np.where(taken > 0, (steps - taken) * getattr(self.scheduler, "order", 1), self.count)
 
     @property
     def steps(self) -> int:
@@ -100,11 +115,14 @@ class Start:
         kept = float(self.scheduler.alphas_cumprod[int(self.timesteps[0])])
         return float(((1 - kept) / kept) ** 0.5)
 
-    def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents (B, C, H, W) at the level of the first step; as they are without steps."""
-        if not len(self.timesteps):
+    def noised(self, latents: Tensor, noise: Tensor, i: int = 0) -> Tensor:
+        """Clean latents (B, C, H, W) at the level that the i-th UNet call sees; as they are after the last."""
+        if i >= len(self.timesteps):
             return latents
-        noised: Tensor = self.scheduler.add_noise(latents, noise, self.timesteps[:1].repeat(len(latents)))
+        if isinstance(self.scheduler, Scheduler):
+            (signal,), (level,) = self.scheduler.levels_seen([self.first + i])
+            return mix(float(signal), latents, float(level), noise)
+        noised: Tensor = self.scheduler.add_noise(latents, noise, self.timesteps[i : i + 1].repeat(len(latents)))
         return noised
 
 
@@ -140,6 +158,10 @@ class SharedRun:
         arguments = {**self.arguments, "return_dict": False}
         stepped: Tensor = self.scheduler.step(prediction, self.timesteps[i], latents, **arguments)[0]
         return stepped
+
+    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """See `Run`."""
+        return self.start.noised(latents, noise, i)
 
 
 class PerImageRun:
@@ -194,6 +216,10 @@ class PerImageRun:
         )
         return x.to(latents.dtype)
 
+    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """See `Run`."""
+        return noised(self.starts[: len(latents)], latents, noise, i)
+
     def _noise(self, i: int, x: Tensor) -> Tensor:
         """Each picture's noise, from its own generator; zeros where its row draws none."""
         many = self.generator if isinstance(self.generator, list) else [self.generator] * len(self.starts)
@@ -246,11 +272,11 @@ def starts(
     return made
 
 
-def noised(starts: Sequence[Start], latents: Tensor, noise: Tensor) -> Tensor:
-    """Clean latents (B, C, H, W), each at the level where its run begins."""
+def noised(starts: Sequence[Start], latents: Tensor, noise: Tensor, i: int = 0) -> Tensor:
+    """Clean latents (B, C, H, W), each at the level that the i-th UNet call of its run sees."""
     if len(starts) == 1:
-        return starts[0].noised(latents, noise)
-    return torch.cat([s.noised(latents[i : i + 1], noise[i : i + 1]) for i, s in enumerate(starts)])
+        return starts[0].noised(latents, noise, i)
+    return torch.cat([s.noised(latents[k : k + 1], noise[k : k + 1], i) for k, s in enumerate(starts)])
 
 
 def make(starts: Sequence[Start], batch: int, eta: float, generator: Generator) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-
 sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` fails, as where it is not installed
 
 

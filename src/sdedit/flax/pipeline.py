@@ -84,7 +84,7 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
             prompt: One, or a list.
             image: PIL in any mode, NumPy, tensor, or a list of one kind, all of one size: see `read_pixels`.
         """
-        return self.prepare_text_inputs(prompt), read_pixels(image, 3)[0]
+        return self.prepare_text_inputs(prompt), read_pixels(image, 3).pixels
 
     def prepare_text_inputs(self, prompt: str | list[str]) -> np.ndarray[Any, Any]:
         """Token ids (B, M) of prompts or negative prompts."""

@@ -68,7 +68,7 @@ def make_table(plan: Plan, first: int, **options: Any) -> Table:
 
     rows = jax.tree.map(padded, columns)
     overlap = padded(plan.overlaps(min(first, total - 1)))
-    signal, noise = (v[0] for v in plan.levels([first])) if count else (1.0, 0.0)
+    signal, noise = (v[0] for v in plan.levels_seen([first])) if count else (1.0, 0.0)
     return Table(rows, overlap, np.int32(count), np.float32(signal), np.float32(noise))
 
 

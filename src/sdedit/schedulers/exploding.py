@@ -189,14 +189,16 @@ class DPMSolverSDE(TwoStage):
 
     def _visit(self, steps: int, **layout: Any) -> Grid:
         times, sigmas = self._levels_at(steps, **layout)
-        mids = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
-        both = np.append(times[:1], np.stack([mids, times[1:]], axis=1).ravel())
-        return Grid(both, np.append(solvers.interleave(sigmas), 0.0))
+        between = self._schedule.time_of(np.sqrt(sigmas[:-1] * sigmas[1:]))
+        both = np.append(times[:1], np.stack([between, times[1:]], axis=1).ravel())
+        ends = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
+        mids = solvers.midpoints(ends, ancestral=False)
+        return Grid(both, np.append(solvers.interleave(sigmas), 0.0), np.append(0.0, mids.repeat(2)))
 
     def overlaps(self, first: int) -> Array:
         """Second rows go over the whole step on the path that the first went to its middle; see `Plan.overlaps`."""
-        found = super().overlaps(first)
-        s, after = self._grid.sigmas[first:-1:2], self._grid.sigmas[first + 1 :: 2]
-        s, after = s[: len(after)], after[: len(s)]
-        found[1::2] = np.sqrt((s - np.sqrt(s * after)) / (s - after))[: len(found[1::2])]
+        found, second, sigmas = super().overlaps(first), np.arange(first + 1, len(self.times), 2), self._grid.sigmas
+        assert self._grid.mids is not None
+        s, after = sigmas[second - 1], sigmas[second]
+        found[1::2] = np.sqrt((s - self._grid.mids[second]) / (s - after))
         return found

@@ -186,6 +186,14 @@ class Plan(Configurable):
         alpha = np.ones_like(sigmas) if self.exploding else (1 + sigmas**2) ** -0.5
         return alpha, sigmas * alpha
 
+    def levels_seen(self, places: Sequence[int]) -> tuple[s.Array, s.Array]:
+        """The same in the sample that the UNet sees at those places, perhaps at the midpoint of a step, (n,) each."""
+        if self._grid.mids is None:
+            return self.levels(places)
+        at = np.array(places)
+        sigmas = np.where(at % 2, self._grid.mids[at], self._grid.sigmas[at])
+        return np.ones_like(sigmas), sigmas
+
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the noise that a run from nothing starts with."""

@@ -135,7 +135,7 @@ def dpm_sde(run: Run, i: int, *, noise_scale: float = 1.0) -> Row:
     """
     second = (i - run.first) % 2 == 1
     s, after = run.s[i - second : i - second + 2]
-    mid = math.sqrt(s * after)
+    mid = run.mids[i - second + 1]
     row = _row(run, i, mid if second else s, m_x=0.0, m_x0=1.0, keep=float(not second))
     if after == 0:
         return row
