@@ -13,7 +13,7 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import fill
+from sdedit.loading.checkpoint import blank, fill
 from sdedit.loading.folders import (
     COMPONENTS,
     DEFAULT_MODEL,
@@ -62,7 +62,7 @@ def load_model(
     folder = root / subfolder if subfolder else root
     config = read_json(folder / cls.config_name)
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), explained(folder / cls.config_name, cls):
+    with blank(), explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
     fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
     return model.eval()
@@ -88,7 +88,7 @@ def load_transformers_model(
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
     read_json(folder / "config.json")
     files = weights_in(folder, variant, use_safetensors)
-    with torch.device("meta"), explained(folder / "config.json", cls):
+    with blank(), explained(folder / "config.json", cls):
         model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
     return model.eval()
