@@ -81,7 +81,7 @@ class CLIPTokens:
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> SimpleNamespace:
-        """`input_ids` of one text or several: lists, or by `return_tensors` ("pt", "np") a tensor or an array (B, M)."""
+        """`input_ids` of one text or several: lists, or by `return_tensors` ("pt", "np") an array (B, M)."""
         texts = [text] if isinstance(text, str) else list(text)
         ids = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
         if truncation and max_length is not None:
