@@ -178,3 +178,9 @@ def test_names_of_older_files() -> None:
     assert clip_name("vision_model.embeddings.x", {"vision_model." + k: v for k, v in nested.items()}) is not None
     renamed = vae_name("encoder.mid_block.attentions.0.proj_attn.weight", {})
     assert renamed == "encoder.mid_block.attentions.0.to_out.0.weight"
+
+
+def test_saved_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_weights({"a": torch.zeros(2)}, tmp_path, "weights", None)
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
