@@ -94,7 +94,7 @@ def test_nothing_but_a_shape_compiles_again(flax: Any, call: Callable[..., Any])
 
 def test_guidance_for_each_image(flax: Any, call: Callable[..., Any], image: Image.Image) -> None:
     pipe, _ = flax
-    ids, pixels = pipe.prepare_inputs(["a cat", "an apple"], [image, picture(seed=1)])
+    ids, pixels = pipe.prepare_inputs(["a cat", "an apple"], [image, picture(16, 12, seed=1)])
     noise = jax.random.normal(jax.random.key(5), (2, 4, 6, 8))
     both = call(ids=ids, pixels=pixels, noise=noise, guidance_scale=[2.0, 8.0]).images
     for i, scale in enumerate([2.0, 8.0]):
