@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sdedit.commands.composite import composite
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
 from sdedit.commands.search import search
@@ -32,6 +33,7 @@ COMMANDS = (
     again,
     sweep,
     search,
+    composite,
     strokes,
     models,
     inspect,
