@@ -75,3 +75,39 @@ def test_search_asks(work: Path, folder: Path) -> None:
     assert "3 candidates are on out-sheet.png\nWhich is best, 1 to 3:" in ran.stderr
     assert "0; expected 1 to 3" in ran.stderr and "(0: number 3, chosen before, will do)" in ran.stderr
     assert pixels("out-sheet.png").shape[1] > 2 * 60
+
+
+def test_evaluate_draws_a_table_and_a_plot(work: Path, folder: Path) -> None:
+    Path("photos").mkdir()
+    for i in range(3):
+        picture(80, 64, seed=i).save(f"photos/red_apple-{i}.png")
+    command = ("evaluate", "photos", "-o", "curve.csv", "--model", folder, "--strengths", "0.5,1", "--steps", 2)
+    ran = sdedit(*command, "--scheduler", "ddpm", "--repeats", 2, "--batch", 4, "--side", 64)
+    assert ran.exit_code == 0, ran.output
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith("guides: L2 0.0, kernel distance on wavelet features ")
+    assert [line.split(":")[0] for line in lines[2:5]] == ["strength 0", "strength 0.5", "strength 1"]
+    assert lines[5:] == ["curve.csv", "curve.png"]
+    assert len(list(Path("curve-pictures").rglob("*.png"))) == 4 * 3
+    table = Path("curve.csv").read_text(encoding="utf-8").splitlines()
+    assert table[0].startswith("what,strength,pictures,l2,l2_low,l2_high,wavelet_kernel_distance,") and len(table) == 6
+    with Image.open("curve.png") as plot:
+        assert plot.size == (1200, 400)
+    refused = sdedit(*command, "--side", 64)
+    assert "drawn otherwise (num_inference_steps" not in str(refused.exception)
+    assert "drawn otherwise (repeats, scheduler)" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("photos", "-o", "curve.csv"), "photos: expected a folder"),
+        ((".", "-o", "curve.png"), "such as curve.csv"),
+        ((".", "-o", "curve.csv"), "expected at least two"),
+        ((".", "-o", "curve.csv", "--strengths", "a"), "expected numbers with commas"),
+    ],
+)
+def test_evaluate_refuses(work: Path, folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    ran = sdedit("evaluate", *arguments, "--model", folder)
+    assert message in str(ran.exception)
+    assert sorted(path.name for path in work.iterdir()) == ["in.png"]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdedit.commands.composite import composite
+from sdedit.commands.evaluate import evaluate
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
 from sdedit.commands.search import search
@@ -35,6 +36,7 @@ COMMANDS = (
     search,
     composite,
     strokes,
+    evaluate,
     models,
     inspect,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from sdedit import checks
-from sdedit.images import pil_to_array
+from sdedit.pixels import pil_to_array
 
 STRENGTH = 0.5  # the paper's 0.35 is on a schedule that is noisier early on
 MARGIN = 8

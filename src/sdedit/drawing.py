@@ -43,8 +43,8 @@ def ready_pipe(settings: Settings, device: str) -> Any:
         if not Path(name).exists() and name.count("/") != 1:  # a hub id has one
             raise FileNotFoundError(f"--embedding {name} does not exist")
     where, dtype = place(device, settings.dtype)
-    pipe = load_model(settings.model, dtype).to(where)
-    for report in pipe.load_textual_inversion(settings.embeddings):
+    pipe = load_model(settings.model, dtype, adapted=bool(settings.embeddings or settings.lora)).to(where)
+    for report in pipe.load_textual_inversion(settings.embeddings) if settings.embeddings else ():
         say(f"embedding {report}")
     if not own:
         pipe.scheduler = make_scheduler(str(settings.scheduler), pipe.scheduler.config)
@@ -58,6 +58,12 @@ def ready_pipe(settings: Settings, device: str) -> Any:
 
 def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
     """Draw `count` pictures and write them, each with its seed and settings."""
+    if settings.backend == "jax":
+        from sdedit.flax import drawing as of_jax
+
+        return of_jax.draw(settings, guide, output, count=count, device=device, size=size)
+    if settings.backend != "torch":
+        raise ValueError(f"--backend {settings.backend}; expected torch or jax")
     masks = read_masks(settings, guide)
     pipe, guide = ready(settings, guide, device, size)
 
@@ -94,8 +100,8 @@ def read_masks(settings: Settings, guide: Image) -> dict[str, Any]:
     """Mask and strength map of the settings, by the pipeline's names, at the size of the input image."""
     from PIL import ImageOps
 
-    from sdedit.images import open_image
     from sdedit.masks import read_mask
+    from sdedit.pixels import open_image
 
     size = ImageOps.exif_transpose(guide).size
     options = {"mask_image": ("--mask", settings.mask), "strength_map": ("--strength-map", settings.strength_map)}
@@ -121,13 +127,22 @@ def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings
         typer.echo(f"{path}  ({picture.width}×{picture.height}, seed {seed})")
 
 
-def load_model(model: str, dtype: Any) -> Any:
-    """The pipeline of `--model`."""
+def load_model(model: str, dtype: Any, *, adapted: bool = False) -> Any:
+    """The pipeline of `--model`; one that is not to be `adapted` reads prompts without transformers where it can."""
+    from sdedit.loading.folders import DEFAULT_MODEL
     from sdedit.pipeline import StableDiffusionImg2ImgPipeline
 
     if Path(model).is_file() or model.startswith("https://"):
         return StableDiffusionImg2ImgPipeline.from_single_file(model, torch_dtype=dtype)
-    return StableDiffusionImg2ImgPipeline.from_pretrained(None if model == "default" else model, torch_dtype=dtype)
+    folder = DEFAULT_MODEL if model == "default" else Path(model)
+    parts = {}
+    if folder.is_dir() and not adapted:
+        from sdedit.loading.quick_clip import quick_parts
+
+        parts = quick_parts(folder, dtype)
+    return StableDiffusionImg2ImgPipeline.from_pretrained(
+        None if model == "default" else model, torch_dtype=dtype, **parts
+    )
 
 
 def load_adapters(pipe: Any, settings: Settings) -> None:

@@ -17,6 +17,14 @@ def paper_update(x: torch.Tensor, eps: torch.Tensor, n: int, betas: torch.Tensor
     return (x + beta * score) / torch.sqrt(1 - beta) + torch.sqrt(beta) * z
 
 
+@pytest.mark.parametrize(("t0", "strength"), [(0.3, 0.42), (0.4, 0.57), (0.5, 0.71), (0.6, 0.84)])
+def test_the_same_noise_on_stable_diffusions_schedule(t0: float, strength: float) -> None:
+    ddpm = DDPMScheduler(N, beta_schedule="linear").alphas_cumprod
+    ours = DDPMScheduler(N, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    nearest = int((ours - ddpm[round(t0 * N) - 1]).abs().argmin()) + 1
+    assert nearest / N == pytest.approx(strength, abs=0.005)
+
+
 @pytest.mark.parametrize("t0", [0.1, 0.5, 1.0])
 def test_stroke_based_editing(t0: float) -> None:
     """β(t) from 0.1 to 20 over t in [0, 1], Δt = 1/1000, from the guide noised to t0; no noise at last."""

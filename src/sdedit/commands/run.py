@@ -28,6 +28,7 @@ def run(
     seed: o.Seed = None,
     count: o.Count = 1,
     dtype: o.DType = "auto",
+    backend: o.Backend = "torch",
     device: o.Device = "auto",
     size: o.Size = "auto",
     exact_steps: o.ExactSteps = False,
@@ -65,6 +66,7 @@ def run(
         feather=feather,
         strength_map=None if strength_map is None else str(strength_map),
         weighting=weighting,
+        backend=backend,
         embeddings=tuple(embedding or ()),
     )
     guide = open_guide(image, max_megapixels)

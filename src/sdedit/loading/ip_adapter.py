@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sdedit.loading.nested import differences, is_plain, read_nested
-from sdedit.loading.pretrained import find_folder, load_component
+from sdedit.loading.checkpoint import blank
+from sdedit.loading.folders import find_folder
+from sdedit.loading.layout import differences
+from sdedit.loading.nested import is_plain, read_nested
+from sdedit.loading.pretrained import load_component
 from sdedit.loading.sources import find_file
 from sdedit.models import ip_adapter
 
@@ -224,7 +226,7 @@ def _make(state: dict[str, Tensor], where: str, unet: Any) -> ip_adapter.IPAdapt
         raise ValueError(f"{where} is an IP-Adapter of an unknown kind; expected base, Plus or full-face for SD 1.5")
     layers = {str(2 * i + 1): layer for i, layer in enumerate(ip_adapter.cross_attentions(unet).values())}
     try:
-        with torch.device("meta"):
+        with blank():
             adapter = ip_adapter.IPAdapter(kind(proj), layers, width)
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: the {kind.kind} image_proj is incomplete or damaged ({error})") from error

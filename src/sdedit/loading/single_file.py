@@ -15,10 +15,11 @@ import torch
 
 from sdedit.files import read_json
 from sdedit.loading import ldm, sizes
-from sdedit.loading.checkpoint import compare, put, read_weights
+from sdedit.loading.checkpoint import blank, compare, put, read_weights
 from sdedit.loading.families import SD1, SD2, Sections, recognise, sort_names
+from sdedit.loading.folders import COMPONENTS, find_folder
 from sdedit.loading.headers import Header, TensorInfo, read_header
-from sdedit.loading.pretrained import COMPONENTS, find_folder, load_component, model_class
+from sdedit.loading.pretrained import load_component, model_class
 from sdedit.loading.sources import check_hub_arguments
 from sdedit.loading.training_config import Training, find_training
 from sdedit.loading.vocabulary import SIZE, clip_tokenizer
@@ -113,7 +114,7 @@ class SingleFile:
         shapes = {inner: self.header.tensors[stored].shape for inner, stored in section.items()}
         try:
             config = self._config(name, lambda: config_of(shapes))
-            with torch.device("meta"):
+            with blank():
                 model = _MAKERS[name](config)
         except Exception as error:  # transformers' configs raise errors of many classes
             raise ValueError(f"{self.path}: no {name} can be made of it: {error}") from error
@@ -196,7 +197,7 @@ def _with_dots(ema: Mapping[str, str], unet: Mapping[str, str]) -> dict[str, str
     """The averaged weights under the names of the layout, which the file has without their dots."""
     names: Collection[str] = unet
     if not names:
-        with torch.device("meta"):
+        with blank():
             state = model_class("UNet2DConditionModel")().state_dict()
         names = {part.name for part in ldm.unet_parts(state).values()}
     dotted = {name.replace(".", ""): name for name in names}

@@ -14,6 +14,7 @@ from torch import nn
 from sdedit.files import write_atomically
 from sdedit.loading import keymaps as maps
 from sdedit.loading import ldm
+from sdedit.loading.checkpoint import blank
 from sdedit.offload import refuse
 
 
@@ -68,7 +69,7 @@ def _components(source: Any) -> dict[str, Any]:
 def _refuse_adapters(model: nn.Module) -> None:
     """Raise `ValueError` if `model` has parameters that its config does not ask for."""
     make: Any = getattr(type(model), "from_config", type(model))
-    with torch.device("meta"):
+    with blank():
         plain = make(model.config).state_dict()
     if added := sorted(set(model.state_dict()) - set(plain)):
         raise ValueError(

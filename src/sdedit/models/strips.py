@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of a strip: enough for convolutions to be efficient, little beside the maps that are kept.
-_STRIP = 16 << 20
+# Bytes of a strip, of which a dozen are in use at once: little beside the maps that are kept, and enough for
+# convolutions to be efficient.
+_STRIP = 4 << 20
 
 Make = Callable[[int, int], Tensor]  # first row, row after the last → (B, C, rows, W)
 
@@ -52,6 +53,7 @@ class Strips:
 
     Attributes:
         tensor: The whole, if it is kept.
+        cheap: A norm's output: an activation reads it, once, so its rows need not be kept for the next reading.
         is_sum: Is it the sum of two maps?
         replaces: A map of the same shape that nobody reads once this one is kept: the input of a residual block.
     """
@@ -61,6 +63,7 @@ class Strips:
         self._make = make
         self._last: tuple[int, int, Tensor] | None = None
         self.tensor: Tensor | None = None
+        self.cheap = False
         self.is_sum = False
         self.replaces: Strips | None = None
 
@@ -198,15 +201,16 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     def make(top: int, bottom: int) -> Tensor:
         def rows(value: Any) -> Any:
             if isinstance(value, Strips):
-                return value.read(top, bottom)
+                return value._make(top, bottom) if value.cheap and value.tensor is None else value.read(top, bottom)
             return value[:, :, top:bottom] if isinstance(value, Tensor) and value.ndim else value
 
         # The last first: in a residual block it needs more rows of the input, which the first then finds made.
         return func(*[rows(a) for a in reversed(args)][::-1], **kwargs)  # type: ignore[no-any-return]
 
     made = source.like(make)
-    if func is torch.add and len(maps) == 2:
-        made.is_sum, made.replaces = True, args[0] if isinstance(args[0], Strips) else None
+    made.is_sum = func is torch.add and len(maps) == 2
+    if made.is_sum and isinstance(args[0], Strips):
+        made.replaces = args[0]
     return made
 
 
@@ -244,7 +248,9 @@ def _group_norm(func: Any, x: Any, groups: int, weight: Any = None, bias: Any = 
     B, C, _H, _W = x.shape
     found = []
     for rows in [x.tensor] if x.tensor is not None else x.sweep(keep=x.fits()):
-        variance, mean = torch.var_mean(rows.float(), (2, 3), correction=0)
+        values = rows.float()
+        mean = values.mean((2, 3))
+        variance = (values - mean[:, :, None, None]).square_().mean((2, 3))  # torch.var_mean takes longer
         found.append((torch.tensor(rows.shape[2], device=rows.device).expand(B, C), mean, variance))
     # (B, groups, parts): the channels of a group, and of each its strips.
     count, mean, variance = (torch.stack(part, 2).view(B, groups, -1) for part in zip(*found, strict=True))
@@ -256,7 +262,9 @@ def _group_norm(func: Any, x: Any, groups: int, weight: Any = None, bias: Any = 
     if weight is not None:
         scale, shift = scale * weight, shift * weight + bias
     scale, shift = scale[:, :, None, None].float(), shift[:, :, None, None].float()
-    return x.like(lambda top, bottom: torch.addcmul(shift, x.read(top, bottom), scale).to(x.dtype))
+    made = x.like(lambda top, bottom: torch.addcmul(shift, x.read(top, bottom), scale).to(x.dtype))
+    made.cheap = True
+    return made
 
 
 def _pad(func: Any, x: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
