@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from sdedit.compiling import Compiling
 from sdedit.image_prompts import ImagePrompts
+from sdedit.loading.folders import COMPONENTS
 from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.lora import LoraLoader
-from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
+from sdedit.loading.pretrained import load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside

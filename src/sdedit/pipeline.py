@@ -11,11 +11,12 @@ from torch import Tensor
 from sdedit import checks, masks, prompts, runs
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
-from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn
 from sdedit.offload import inference
 from sdedit.output import StableDiffusionPipelineOutput
+from sdedit.pixels import MAX_PIXELS
 from sdedit.precision import finite
 from sdedit.safety import check_safety
 

@@ -14,6 +14,7 @@ from sdedit.models.adapters import scaled_call
 from sdedit.models.attention import Context, Transformer2DModel
 from sdedit.models.deep_reuse import DeepReuse
 from sdedit.models.freeu import FreeU
+from sdedit.models.kinds import known_block, per_block, refuse_other_kinds
 from sdedit.models.layers import (
     Downsample2D,
     ResnetBlock2D,
@@ -26,30 +27,6 @@ from sdedit.models.layers import (
 )
 from sdedit.models.model import Model
 from sdedit.output import Output
-
-# Keys of published config.json files that mean another kind of model unless they have this value.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "addition_embed_type": (None,),
-    "attention_type": ("default",),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "num_class_embeds": (None,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
 
 
 @dataclass
@@ -149,12 +126,12 @@ class UNet2DConditionModel(Model):
     ) -> None:
         super().__init__()
         depth = len(down_block_types)
-        heads = _per_block("attention_head_dim", num_attention_heads or attention_head_dim, depth)
-        layers = _per_block("layers_per_block", layers_per_block, depth)
-        transformers = _per_block("transformer_layers_per_block", transformer_layers_per_block, depth)
-        only_cross = _per_block("only_cross_attention", only_cross_attention, depth)
-        channels = _per_block("block_out_channels", block_out_channels, depth)
-        _per_block("up_block_types", up_block_types, depth)
+        heads = per_block("attention_head_dim", num_attention_heads or attention_head_dim, depth)
+        layers = per_block("layers_per_block", layers_per_block, depth)
+        transformers = per_block("transformer_layers_per_block", transformer_layers_per_block, depth)
+        only_cross = per_block("only_cross_attention", only_cross_attention, depth)
+        channels = per_block("block_out_channels", block_out_channels, depth)
+        per_block("up_block_types", up_block_types, depth)
         if not isinstance(cross_attention_dim, int):
             raise ValueError(f"unet config: cross_attention_dim={cross_attention_dim!r}; expected one number")
         temb_channels = 4 * channels[0]
@@ -186,7 +163,7 @@ class UNet2DConditionModel(Model):
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of the features that the way up takes in again
         for i, block_type in enumerate(down_block_types):
-            _known_block("down_block_types", block_type, ("CrossAttnDownBlock2D", "DownBlock2D"))
+            known_block("down_block_types", block_type, ("CrossAttnDownBlock2D", "DownBlock2D"))
             inner = [(skips[-1] if j == 0 else channels[i], channels[i]) for j in range(layers[i])]
             last = i == depth - 1
             down = None if last else nn.ModuleList([Downsample2D(channels[i], downsample_padding)])
@@ -197,7 +174,7 @@ class UNet2DConditionModel(Model):
 
         self.mid_block: _MidBlock | None = None
         if mid_block_type is not None:
-            _known_block("mid_block_type", mid_block_type, ("UNetMidBlock2DCrossAttn",))
+            known_block("mid_block_type", mid_block_type, ("UNetMidBlock2DCrossAttn",))
             self.mid_block = _MidBlock(
                 channels[-1],
                 resnet={**resnet, "output_scale_factor": mid_block_scale_factor},
@@ -207,7 +184,7 @@ class UNet2DConditionModel(Model):
         self.up_blocks = nn.ModuleList()
         previous = channels[-1]
         for i, block_type in enumerate(up_block_types):
-            _known_block("up_block_types", block_type, ("CrossAttnUpBlock2D", "UpBlock2D"))
+            known_block("up_block_types", block_type, ("CrossAttnUpBlock2D", "UpBlock2D"))
             level = depth - 1 - i
             inner = []
             for _ in range(layers[level] + 1):
@@ -234,12 +211,7 @@ class UNet2DConditionModel(Model):
             ValueError: The config describes a kind of UNet that is not Stable Diffusion 1.x or 2.x.
         """
         made = super().from_config(config, **overrides)
-        for key, values in _FIXED.items():
-            if made.config.get(key, values[0]) not in values:
-                raise ValueError(
-                    f"unet config: {key}={made.config[key]!r} is of a model that is not Stable Diffusion 1.x or 2.x; "
-                    f"expected {values[0]!r}"
-                )
+        refuse_other_kinds(made.config)
         return made
 
     @scaled_call
@@ -379,17 +351,3 @@ def one_run(unet: Any) -> Iterator[list[Context]]:
         unet.kept = None
         if reuse is not None:
             reuse.forget()
-
-
-def _per_block(name: str, value: Any, depth: int) -> list[Any]:
-    """One value a block: a single value is repeated, a list must have one for each block."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * depth
-    if len(value) != depth:
-        raise ValueError(f"unet config: {name}={list(value)!r} has {len(value)} values; expected {depth}, one a block")
-    return list(value)
-
-
-def _known_block(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unet config: {key} has {value!r}; expected {' or '.join(known)}")
