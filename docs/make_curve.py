@@ -26,6 +26,7 @@ sys.path.append(str(ROOT / "training"))
 from data import load  # noqa: E402 (training/ is no package)
 from sdedit import DDPMScheduler, StableDiffusionImg2ImgPipeline  # noqa: E402
 from sdedit.evaluation.curve import Inputs, Row, evaluate, measure, read_inputs  # noqa: E402
+from sdedit.evaluation.exact import ExactDenoiser  # noqa: E402
 from sdedit.evaluation.plot import plot_curve  # noqa: E402
 from sdedit.files import write_atomically  # noqa: E402
 from sdedit.sheets import contact_sheet  # noqa: E402
@@ -113,6 +114,10 @@ def main() -> None:
     curves = {own: run(own, STRENGTHS, num_inference_steps=args.steps)}
     sheet = examples(inputs, args.work / f"{own}, {args.count}", (0.2, 0.4, 0.6, 0.8, 1.0), 5)
     sheet.save(ROOT / "docs" / "curve-examples.png")
+    unet, pipe.unet = pipe.unet, ExactDenoiser(pipe, inputs.pictures)
+    exact = "an exact denoiser of these pictures in the UNet's place"
+    curves[exact] = run(exact, STRENGTHS, num_inference_steps=args.steps)
+    pipe.unet = unet
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_large")
     for repeats in (1, 2):
         name = f"the paper's VP, N = {args.official_steps}, K = {repeats}"

@@ -15,8 +15,8 @@ from typing import Any
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary name beside `path`; what was written there becomes `path` when the block ends well.
 
-    The temporary name keeps the suffix, since writers choose their format by it. The file may be read by whoever may read
-    other new files here; safetensors would leave it to its owner alone.
+    The temporary name keeps the suffix, since writers choose their format by it. Whoever may read other new files may
+    read this one; safetensors would leave it to its owner alone.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
