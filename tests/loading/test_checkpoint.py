@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sdedit.loading import checkpoint
 from sdedit.loading.checkpoint import (
     choose_weights,
     clip_name,
@@ -185,3 +186,29 @@ def test_names_of_older_files() -> None:
     assert clip_name("vision_model.embeddings.x", {"vision_model." + k: v for k, v in nested.items()}) is not None
     renamed = vae_name("encoder.mid_block.attentions.0.proj_attn.weight", {})
     assert renamed == "encoder.mid_block.attentions.0.to_out.0.weight"
+
+
+def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"{i}.weight": torch.randn(8, 8) for i in range(7)} | {"7.weight": torch.randn(8, 8).bfloat16()}
+    save_file(state, tmp_path / "w.safetensors")
+    seen: list[int] = []
+    plain = checkpoint.read_weights
+
+    def spy(path: Path, names: Any, header: Any) -> Any:
+        seen.append(len(names))
+        return plain(path, names, header)
+
+    monkeypatch.setattr(checkpoint, "read_weights", spy)
+    monkeypatch.setattr(checkpoint, "_PORTION", 3 * 8 * 8 * 4)
+    with checkpoint.blank():
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(8)))
+    checkpoint.fill(model, [tmp_path / "w.safetensors"], dtype=torch.bfloat16)
+    assert seen == [1, 3, 3, 1]
+    assert all(torch.equal(t, state[name].bfloat16()) for name, t in model.state_dict().items())
+
+
+def test_blank_networks_have_no_values_and_those_outside_do() -> None:
+    with checkpoint.blank():
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Embedding(3, 3), torch.nn.GroupNorm(1, 3))
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.nn.Linear(3, 3).weight.std() > 0
