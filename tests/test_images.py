@@ -18,7 +18,8 @@ from PIL import ExifTags, Image
 
 from conftest import picture
 from sdedit.files import read_json, write_atomically
-from sdedit.images import open_image, pad_to_multiple, read_images, write_images
+from sdedit.images import pad_to_multiple, read_images, write_images
+from sdedit.pixels import open_image
 
 MODES = [
     "1",

@@ -68,7 +68,7 @@ def test_strength_says_how_many_steps_run(
 ) -> None:
     counted = count_calls(monkeypatch, pipe.unet)
     run(pipe, strength=strength, num_inference_steps=steps)
-    assert counted == [2] * calls and pipe.num_timesteps == calls  # 2: with and without the prompt
+    assert counted == [1] * calls and pipe.num_timesteps == calls
     counted.clear()
     run(pipe, strength=strength, num_inference_steps=steps, guidance_scale=1.0)
     assert counted == [1] * calls

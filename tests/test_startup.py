@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import picture
 from sdedit.drawing import load_model
-from sdedit.loading.pretrained import DEFAULT_MODEL
+from sdedit.loading.folders import DEFAULT_MODEL
 from sdedit.loading.quick_clip import CLIPTokens, quick_parts
 from sdedit.prompts import encode_texts, tokenize
 from sdedit.weighting import chunks

@@ -48,7 +48,7 @@ def test_any_text_parses(text: str) -> None:
 
 @torch.no_grad()
 def test_without_weights_it_is_the_ordinary_encoding(pipe: Any) -> None:
-    ids = prompts.tokenize(pipe.tokenizer, ["an apple"], 77)
+    ids = torch.from_numpy(prompts.tokenize(pipe.tokenizer, ["an apple"], 77))
     plain = prompts.encode(pipe.text_encoder, ids)
     assert torch.equal(weighting.encode(pipe.tokenizer, pipe.text_encoder, ["an apple"]), plain)
     assert torch.equal(weighting.encode(pipe.tokenizer, pipe.text_encoder, ["(an apple:1.0)"]), plain)

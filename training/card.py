@@ -3,41 +3,65 @@
 from pathlib import Path
 from typing import Any
 
-from captions import things
 from data import HOLD_OUT_EVERY
 from paths import HERE, read_json
 
+NOTES = ("doodles", "combinations", "speed", "limits")  # what a person who looked at the pictures says, in notes.md
+
 
 def write_card(folder: Path) -> None:
-    """Write README.md from `training.json` and `figures.json`."""
-    text = (HERE / "card.md").read_text("utf-8")
-    values = {**read_json(folder / "training.json"), "figures": rows(read_json(folder / "figures.json"))}
-    values |= {
-        "psnr": read_json(folder / "figures.json")["vae"]["psnr"],
+    """Write README.md from `training.json`, `figures.json` and the sections of notes.md."""
+    history, figures = read_json(folder / "training.json"), read_json(folder / "figures.json")
+    values = {
+        **history,
+        **notes(),
+        "total": history["vae"] + history["unet"] + history["text"],
+        "psnr": figures["vae"]["psnr"],
+        "held_out": figures["vae"]["pictures"],
         "every": HOLD_OUT_EVERY,
-        "listed": len(things()),
+        "gallery": figures["gallery"],
+        "dtype": figures["settings"]["dtype"],
+        "figures": rows(figures),
     }
-    (folder / "README.md").write_text(text.format(**values), encoding="utf-8")
+    text = (HERE / "card.md").read_text("utf-8").format(**values)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def notes() -> dict[str, str]:
+    """The sections of notes.md by their headings."""
+    parts = (HERE / "notes.md").read_text("utf-8").split("\n## ")[1:]
+    found = {part.partition("\n")[0].strip(): part.partition("\n")[2].strip() for part in parts}
+    if set(found) != set(NOTES):
+        raise ValueError(f"training/notes.md has the sections {sorted(found)}; expected {sorted(NOTES)}")
+    return found
 
 
 def rows(figures: dict[str, Any]) -> str:
     """The table of what was measured, a row a test."""
     tests = {
         "transfer": "another style of it, strength 0.6",
-        "transfer_starred": "the same, things with a star",
-        "transfer_other": "the same, things not in the list",
+        "transfer_starred": "of these, things with a star",
+        "transfer_guide": "these guides themselves, nothing drawn",
+        "transfer_other": "another style, things not in the list",
         "strokes": "simulated strokes of it, strength 0.6",
+        "strokes_guide": "these guides themselves, nothing drawn",
         "words": "a white sheet, strength 1.0: words alone",
-        "words_starred": "the same, things with a star",
-        "seen": "another style of it, 0.6, combination seen",
-        "unseen": "another style of it, 0.6, combination never seen",
+        "words_starred": "of these, things with a star",
+        "seen": "another style of it, 0.6, names and style seen together",
+        "unseen": "the same, never seen together",
     }
     goals = {"transfer": (85, 90), "strokes": (80, None), "words": (80, None)}
     lines = []
     for key, start in tests.items():
+        if key not in figures:
+            continue
         found = figures[key]
         goal = " · ".join("–" if value is None else f"{value} %" for value in goals.get(key, (None, None)))
-        lines.append(f"| {start} | {found['thing']:.0%} | {found['style']:.0%} | {found['draws']} | {goal} |")
-    for key, name in (("real", "real pictures, moved and blurred"), ("random", "a picture picked at random")):
-        lines.append(f"| {name} | {figures[key]['thing']:.1%} | {figures[key]['style']:.0%} | | |")
+        lines.append(f"| {start} | {percent(found['thing'])} | {percent(found['style'])} | {found['draws']} | {goal} |")
+    for key, name in (("real", "a real picture, moved and blurred"), ("random", "a picture picked at random")):
+        lines.append(f"| {name} | {100 * figures[key]['thing']:.3g} % | {percent(figures[key]['style'])} | | |")
     return "\n".join(lines)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

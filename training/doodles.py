@@ -14,7 +14,7 @@ from data import SIZE
 from paths import EXPORT, REPOSITORY, read_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.commands.options import SUITED
-from sdedit.drawing import resized
+from sdedit.framing import framed
 from sdedit.sheets import contact_sheet
 
 EXAMPLES = REPOSITORY / "examples"
@@ -27,7 +27,7 @@ def doodle_sheet(pipe: Any, strength: float = SUITED.strength, guidance: float =
         doodle = Image.open(EXAMPLES / f"{name}.png").convert("RGB")
         drawn = pipe(
             prompt,
-            resized(doodle, "auto", pipe, frame=True),
+            framed(doodle).resize((SIZE, SIZE), Image.Resampling.LANCZOS),
             strength=strength,
             guidance_scale=guidance,
             num_inference_steps=SUITED.steps,

@@ -9,8 +9,10 @@ seed, so the same folder gives the same figures on the same machine.
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from captions import UNSEEN_STYLE, starred, things, unseen
 from card import write_card
 from data import SIZE, STYLES, Item, load, on_ground
 from doodles import doodle_sheet
-from features import Judge, find_themselves, share_right
+from features import judge, share_right
 from paths import EXPORT, read_json, write_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.commands.options import SUITED
@@ -86,84 +88,106 @@ class Draws:
         return [Draw(sheet, item.name, item.style) for item, _, _ in self.targets(count, keep)]
 
 
-def drawn(pipe: Any, draws: list[Draw], strength: float, **settings: Any) -> list[np.ndarray]:
+def drawn(pipe: Any, draws: list[Draw], strength: float, **settings: Any) -> Iterator[np.ndarray]:
     """The pictures, (128, 128, 3) in [0, 1] each; draw i has seed i."""
-    pictures: list[np.ndarray] = []
     for start in range(0, len(draws), BATCH):
         part = draws[start : start + BATCH]
-        pictures += pipe(
+        yield from pipe(
             [draw.prompt for draw in part],
             [draw.guide for draw in part],
             strength=strength,
             generator=[torch.Generator().manual_seed(start + n) for n in range(len(part))],
             output_type="np",
             **settings,
-        ).images
-    return [np.asarray(picture, np.float32) for picture in pictures]
+        ).images.astype(np.float32)
 
 
-def measure(pipe: Any, first_new: int = 0, count: int = 200) -> dict[str, Any]:
-    """All figures of a pipeline.
+def tests(make: Draws, learned: list[str], new: set[str], count: int) -> dict[str, tuple[list[Draw], float]]:
+    """What is drawn, and at which strength.
 
     Args:
-        first_new: How many things of things.txt an earlier training has seen in all styles: the measure of unseen
-            combinations passes over them.
+        learned: The names that the model was trained on.
+        new: Those of them of which no training saw the unseen combinations.
     """
+    half, known = max(count // 2, 1), set(learned)
+    found = {
+        "transfer": (make.transfer(count, lambda item: item.name in known), 0.6),
+        "transfer_other": (make.transfer(half, lambda item: item.name not in known), 0.6),
+        "strokes": (make.strokes(count, lambda item: item.name in known), 0.6),
+        "words": (make.words(count, lambda item: item.name in known), 1.0),
+    }
+    combined = [item for item in make.items if item.name in new and item.style == UNSEEN_STYLE]
+    if any(unseen(item) for item in combined):
+        for key, held_out in {"seen": False, "unseen": True}.items():
+            names = {item.name for item in combined if unseen(item) == held_out}
+            keep = partial(_in_style, names=names)
+            found[key] = (make.transfer(half, keep), 0.6)
+    return found
+
+
+def _in_style(item: Item, names: set[str]) -> bool:
+    return item.name in names and item.style == UNSEEN_STYLE
+
+
+def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
+    """What a pipeline's pictures are nearest to; `history` is its training.json."""
     pictures, items = load()
-    judge, make = Judge(pictures, items), Draws(pictures, items)
-    new = set(list(things())[first_new:])
-    half = max(count // 2, 1)
-
-    def listed(item: Item) -> bool:
-        return item.name in things()
-
-    tests: dict[str, tuple[list[Draw], float]] = {
-        "transfer": (make.transfer(count, listed), 0.6),
-        "transfer_starred": (make.transfer(half, lambda item: item.name in starred()), 0.6),
-        "transfer_other": (make.transfer(half, lambda item: not listed(item)), 0.6),
-        "strokes": (make.strokes(count, listed), 0.6),
-        "words": (make.words(count, listed), 1.0),
-        "words_starred": (make.words(half, lambda item: item.name in starred()), 1.0),
-    }
-    combined = {"seen": False, "unseen": True}
-    for key, held_out in combined.items():
-
-        def keep(item: Item, held_out: bool = held_out) -> bool:
-            return item.name in new and item.style == UNSEEN_STYLE and unseen(item) == held_out
-
-        tests[key] = (make.transfer(half, keep), 0.6)
+    learned = list(things())[: history["things"]]
     settings = {"num_inference_steps": SUITED.steps, "guidance_scale": SUITED.guidance}
+    dtype = str(pipe.dtype).removeprefix("torch.")
     figures: dict[str, Any] = {
-        "settings": {**settings, "scheduler": type(pipe.scheduler).__name__},
-        "vae": {"psnr": psnr(pipe.vae, pictures, pools(items)[2]), "pictures": len(pools(items)[2])},
-        "real": find_themselves(pictures, items),
-        "random": {"thing": chance(items, listed), "style": 1 / len(STYLES)},
+        "settings": {**settings, "scheduler": type(pipe.scheduler).__name__, "dtype": dtype},
+        "gallery": len(items),
+        "random": {"thing": chance(items, set(learned)), "style": 1 / len(STYLES)},
+        "real": judge().real,
     }
-    for key, (draws, strength) in tests.items():
-        found = judge.nearest(drawn(pipe, draws, strength, **settings))
-        figures[key] = share_right(found, [(draw.name, draw.style) for draw in draws])
-        print(key, figures[key], flush=True)
+    new = set(learned[history["things_before"] :])
+    for key, (draws, strength) in tests(Draws(pictures, items), learned, new, count).items():
+        found = judge().nearest(drawn(pipe, draws, strength, **settings))
+        asked = [(draw.name, draw.style) for draw in draws]
+        figures[key] = share_right(found, asked)
+        if strength < 1:
+            figures[f"{key}_guide"] = guides_alone(draws)
+        stars = [n for n, draw in enumerate(draws) if draw.name in starred()]
+        if stars:
+            figures[f"{key}_starred"] = share_right([found[n] for n in stars], [asked[n] for n in stars])
+        print(key, figures[key], figures.get(f"{key}_starred"), flush=True)
     return figures
 
 
-def chance(items: list[Item], keep: Callable[[Item], bool]) -> float:
-    """How often a picture picked at random from all has the name of a random kept one."""
-    names = [item.name for item in items]
-    count = {name: names.count(name) for name in set(names)}
-    return float(np.mean([count[item.name] for item in items if keep(item)])) / len(items)
+def guides_alone(draws: list[Draw]) -> dict[str, float]:
+    """What the guides themselves are nearest to: the score of a model that changes nothing."""
+    found = judge().nearest(np.asarray(draw.guide, np.float32) / 255 for draw in draws)
+    return share_right(found, [(draw.name, draw.style) for draw in draws])
+
+
+def chance(items: list[Item], names: set[str]) -> float:
+    """How often a random one of all pictures has the name of a random one of those with these names."""
+    count = Counter(item.name for item in items)
+    return float(np.mean([count[item.name] for item in items if item.name in names])) / len(items)
+
+
+def load_pipe(folder: Path, dtype: str, device: str) -> Any:
+    """The pipeline of a model folder, without progress bars."""
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=EXPORT)
     parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to draw in")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(args.folder).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
-    training = args.folder / "training.json"
-    figures = measure(pipe, read_json(training)["things_before"] if training.exists() else 0, args.draws)
+    pipe, other = (load_pipe(args.folder, dtype, args.device) for dtype in ("float32", args.dtype))
+    pictures, items = load()
+    held_out = pools(items)[2]
+    figures = {"vae": {"psnr": psnr(pipe.vae, pictures, held_out), "pictures": len(held_out)}}
+    print(figures, flush=True)
+    figures |= measure(other, read_json(args.folder / "training.json"), args.draws)
     write_json(figures, args.folder / "figures.json")
     doodle_sheet(pipe).save(args.folder / "doodles.png")
     write_card(args.folder)

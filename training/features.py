@@ -1,10 +1,6 @@
-"""Features by which a drawn picture is compared with all real ones: which is it nearest to?
+"""Features by which a drawn picture is compared with all real ones: which is it nearest to?"""
 
-    python training/features.py
-
-measures how well real pictures find themselves when moved, turned and blurred, with features fitted to other names.
-"""
-
+import pickle
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -14,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from data import SIZE, Item, load, on_ground
+from paths import work_folder
+from sdedit.files import write_atomically
 
 Array = NDArray[np.float32]
 CELLS = 8  # gradients are counted in 8x8 cells
@@ -113,25 +111,47 @@ class Judge:
     """Finds the real picture that a drawn one is nearest to.
 
     A class of its metric is one picture, moved and blurred in several ways: so a place on the sheet counts little, and
-    thing and style both count.
+    thing and style both count. The metric is learned from two thirds of the names; the rest show what it is worth.
 
     Args:
         pictures: (N, 128, 128, 4), uint8, all of them; `items` says what they show.
-        fit: Rows from which the metric is learned; all if not given.
+
+    Attributes:
+        real: Of 400 pictures of the other names, moved, at most: the shares that are found again.
     """
 
-    def __init__(self, pictures: np.ndarray, items: list[Item], fit: Sequence[int] | None = None) -> None:
+    def __init__(self, pictures: np.ndarray, items: list[Item]) -> None:
         self.items = items
-        fit = range(len(items)) if fit is None else fit
+        fit, rest = fit_rows(items)
         moves = (moved(pictures[row], np.random.default_rng([row, n])) for row in fit for n in range(MOVES))
         self.metric = Metric(features(moves), np.repeat(np.arange(len(fit)), MOVES))
         self.gallery = self.metric(features(map(on_ground, pictures)))
+        rng = np.random.default_rng(5)
+        rows = rng.choice(rest, min(400, len(rest)), replace=False)
+        found = self.nearest(moved(pictures[row], rng) for row in rows)
+        self.real = share_right(found, [(items[row].name, items[row].style) for row in rows])
 
     def nearest(self, drawn: Iterable[Array]) -> list[Item]:
         """Pictures (128, 128, 3) in [0, 1] → what the nearest real picture of each shows."""
         places = self.metric(features(drawn))
         far = (self.gallery**2).sum(1) - 2 * places @ self.gallery.T  # squared distances, but for a constant
         return [self.items[row] for row in far.argmin(1)]
+
+
+def fit_rows(items: list[Item]) -> tuple[list[int], list[int]]:
+    """Rows of two thirds of the names, by a hash, and of the others."""
+    fit = [row for row, item in enumerate(items) if zlib.crc32(item.name.encode()) % 3]
+    return fit, sorted(set(range(len(items))) - set(fit))
+
+
+def judge() -> Judge:
+    """The judge of all pictures, kept in the work folder since it takes minutes to make."""
+    file = work_folder() / "judge.pickle"
+    if not file.exists():
+        made = Judge(*load())
+        with write_atomically(file) as part:
+            part.write_bytes(pickle.dumps(made))
+    return pickle.loads(file.read_bytes())
 
 
 def features(pictures: Iterable[Array]) -> Array:
@@ -155,15 +175,6 @@ def moved(picture: np.ndarray, rng: np.random.Generator) -> Array:
     return np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))), np.float32) / 255
 
 
-def find_themselves(pictures: np.ndarray, items: list[Item], count: int = 400) -> dict[str, float]:
-    """Share of moved pictures whose nearest neighbour has their name, and their style, with other names in the fit."""
-    fit = [row for row, item in enumerate(items) if zlib.crc32(item.name.encode()) % 3]
-    rng = np.random.default_rng(5)
-    rest = rng.choice(sorted(set(range(len(items))) - set(fit)), count, replace=False)
-    found = Judge(pictures, items, fit).nearest(moved(pictures[row], rng) for row in rest)
-    return share_right(found, [(items[row].name, items[row].style) for row in rest])
-
-
 def share_right(found: Sequence[Item], asked: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Share of the found that have the name asked for, and share that have the style."""
     pairs = list(zip(found, asked, strict=True))
@@ -172,7 +183,3 @@ def share_right(found: Sequence[Item], asked: Sequence[tuple[str, str]]) -> dict
         "style": float(np.mean([item.style == style for item, (_, style) in pairs])),
         "draws": len(pairs),
     }
-
-
-if __name__ == "__main__":
-    print(find_themselves(*load()))

@@ -13,6 +13,12 @@ __version__ = "0.1.0"
 _NAMES = {
     "AutoencoderKL": "sdedit.models.vae",
     "AutoencoderTiny": "sdedit.models.tiny_vae",
+    "FlaxAutoencoderKL": "sdedit.flax.vae",
+    "FlaxCLIPTextModel": "sdedit.flax.clip",
+    "FlaxStableDiffusionImg2ImgPipeline": "sdedit.flax.pipeline",
+    "FlaxStableDiffusionPipelineOutput": "sdedit.flax.pipeline",
+    "FlaxStableDiffusionSafetyChecker": "sdedit.flax.safety_checker",
+    "FlaxUNet2DConditionModel": "sdedit.flax.unet",
     "StableDiffusionImg2ImgPipeline": "sdedit.pipeline",
     "StableDiffusionPipelineOutput": "sdedit.output",
     "StableDiffusionSafetyChecker": "sdedit.models.safety_checker",
@@ -24,12 +30,16 @@ _NAMES = {
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
-    if name.endswith("Scheduler"):
-        schedulers = importlib.import_module("sdedit.schedulers")
-        if name in schedulers.__all__:
-            return getattr(schedulers, name)
+    if name in _schedulers():
+        side = "sdedit.flax.schedulers" if name.startswith("Flax") else "sdedit.schedulers"
+        return getattr(importlib.import_module(side), name)
     raise AttributeError(f"module 'sdedit' has no attribute {name!r}")
 
 
+def _schedulers() -> list[str]:
+    names = importlib.import_module("sdedit.schedulers").__all__
+    return [*names, *(f"Flax{name}" for name in names if name.endswith("Scheduler"))]
+
+
 def __dir__() -> list[str]:
-    return [*_NAMES, *importlib.import_module("sdedit.schedulers").__all__, "__version__"]
+    return [*_NAMES, *_schedulers(), "__version__"]

@@ -11,10 +11,12 @@ import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from sdedit.compiling import Compiling
 from sdedit.image_prompts import ImagePrompts
+from sdedit.loading.folders import COMPONENTS
 from sdedit.loading.ip_adapter import IPAdapterLoader
 from sdedit.loading.lora import LoraLoader
-from sdedit.loading.pretrained import COMPONENTS, load_components, save_components
+from sdedit.loading.pretrained import load_components, save_components
 from sdedit.loading.textual_inversion import TextualInversionLoader
 from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
@@ -22,9 +24,12 @@ from sdedit.offload import execution_device, refuse
 from sdedit.search import Found, search
 from sdedit.sweep import STRENGTHS, Sweep, sweep
 from sdedit.text_prompts import TextPrompts
+from sdedit.turbo import Turbo
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Memory):
+class Pipeline(
+    LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Memory, Turbo, Compiling
+):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any

@@ -7,10 +7,10 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -48,6 +48,9 @@ def either(first: str, a: Any, second: str, b: Any) -> None:
 
 def embeds(name: str, value: Any, width: int) -> Tensor:
     """Prompt embeds (B, M, width)."""
+    import torch
+    from torch import Tensor
+
     if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != width or not value.numel():
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: {got}; expected a tensor of shape (B, M, {width}), as encode_prompt gives")
@@ -58,6 +61,8 @@ def embeds(name: str, value: Any, width: int) -> Tensor:
 
 def generators(value: Any, batch: int) -> None:
     """`None`, one generator, or one for each image of the batch."""
+    import torch
+
     many = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     for one in many:
         if not isinstance(one, torch.Generator):

@@ -102,15 +102,20 @@ class Configurable:
 
     def to_json_string(self) -> str:
         """The config as the text of a `config.json`."""
-        values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
-        head = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
-        return json.dumps({**values, **head}, indent=2, sort_keys=True, default=_plain) + "\n"
+        return config_text(self.config, type(self).__name__)
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
         """Write the config to `folder/<config_name>`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         with write_atomically(Path(folder) / self.config_name) as temporary:
             temporary.write_text(self.to_json_string())
+
+
+def config_text(config: Mapping[str, Any], class_name: str) -> str:
+    """The text of a `config.json`."""
+    values = {k: v for k, v in config.items() if k != "_use_default_values"}
+    head = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION}
+    return json.dumps({**values, **head}, indent=2, sort_keys=True, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:

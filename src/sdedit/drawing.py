@@ -57,6 +57,12 @@ def ready_pipe(settings: Settings, device: str) -> Any:
 
 def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: str, size: str) -> None:
     """Draw `count` pictures and write them, each with its seed and settings."""
+    if settings.backend == "jax":
+        from sdedit.flax import drawing as of_jax
+
+        return of_jax.draw(settings, guide, output, count=count, device=device, size=size)
+    if settings.backend != "torch":
+        raise ValueError(f"--backend {settings.backend}; expected torch or jax")
     pipe, guide = ready(settings, guide, device, size)
 
     import torch
@@ -102,7 +108,7 @@ def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings
 
 def load_model(model: str, dtype: Any, *, adapted: bool = False) -> Any:
     """The pipeline of `--model`; one that is not to be `adapted` reads prompts without transformers where it can."""
-    from sdedit.loading.pretrained import DEFAULT_MODEL
+    from sdedit.loading.folders import DEFAULT_MODEL
     from sdedit.pipeline import StableDiffusionImg2ImgPipeline
 
     if Path(model).is_file() or model.startswith("https://"):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdedit.images import Array, Images, pad_to_multiple, pil_to_array, to_unit
+from sdedit.images import Images, pad_to_multiple
+from sdedit.pixels import Array, pil_to_array, to_unit
 
 if TYPE_CHECKING:
     from sdedit.runs import Run, Start

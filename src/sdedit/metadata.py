@@ -43,10 +43,11 @@ _KEYS = {
     "image_hash": "Init image hash",
     "scheduler": "Scheduler",
     "dtype": "Precision",
+    "backend": "Backend",
     "version": "Version",
 }
 # Those that are written only if they differ from these.
-_USUAL = {"extra_noise": 0, "repeats": 1}
+_USUAL = {"extra_noise": 0, "repeats": 1, "backend": "torch"}
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Settings:
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
         embeddings: Files of textual inversions; in a file, relative like `image`, one a line.
         model: `"default"`, a folder, a single file, or a hub id.
+        backend: `"torch"` or `"jax"`, whose noise differs.
         lora: File, folder or hub id of each adapter, in a file relative like `image`, and its weight.
     """
 
@@ -85,6 +87,7 @@ class Settings:
     exact_steps: bool = False
     repeats: int = 1
     weighting: bool = False
+    backend: str = "torch"
     version: str | None = None
 
     def to_text(self) -> str:
@@ -198,7 +201,7 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     Raises:
         FileNotFoundError, ValueError: There is no such file, it is no image, or it carries none.
     """
-    from sdedit.images import open_image
+    from sdedit.pixels import open_image
 
     text = open_image(path, max_pixels=None).info.get("parameters")
     if not isinstance(text, str):
@@ -215,10 +218,11 @@ def sampler_label(scheduler: Any) -> tuple[str, str | None]:
     """The web UI's names of a scheduler object: the sampler, and the schedule type if it is not the ordinary one."""
     from sdedit.schedulers.names import SCHEDULERS
 
-    name, best = type(scheduler).__name__, -1
+    own = type(scheduler).__name__.removeprefix("Flax")
+    name, best = own, -1
     for known in SCHEDULERS.values():
         fits = all(scheduler.config.get(k) == v for k, v in known.options.items())
-        if known.class_name == type(scheduler).__name__ and fits and len(known.options) > best:
+        if known.class_name == own and fits and len(known.options) > best:
             name, best = known.label, len(known.options)
     sampler, karras, _ = name.partition(" Karras")
     return sampler, karras.strip() or None

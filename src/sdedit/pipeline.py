@@ -11,10 +11,12 @@ from torch import Tensor
 from sdedit import checks, masks, prompts, runs
 from sdedit.base import Pipeline
 from sdedit.image_prompts import ImageEmbeds
-from sdedit.images import MAX_PIXELS, ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn
 from sdedit.offload import inference
 from sdedit.output import StableDiffusionPipelineOutput
+from sdedit.pixels import MAX_PIXELS
 from sdedit.precision import finite
 from sdedit.safety import check_safety
 
@@ -285,7 +287,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
     ) -> Tensor:
         on_step_end, wanted = callback
         condition = self._guidance_embedding(tensors["latents"])
-        with self._progress(-(-len(run) // run.order)) as bar:
+        with self._progress(-(-len(run) // run.order)) as bar, one_run(self.unet) as kept:
             for i in range(len(run)):
                 if self._interrupt:
                     break
@@ -294,7 +296,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 sample, t = run.model_input(i, latents[:count])
                 embeds = runs.first(tensors["prompt_embeds"], count, len(latents))
                 guided = self.do_classifier_free_guidance
-                if guided:
+                if guided and not getattr(self.unet, "repeats_sample", False):
                     sample, t = torch.cat([sample] * 2), torch.cat([t] * 2) if t.ndim else t
                 extra = {
                     "timestep_cond": runs.first(condition, count),
@@ -310,6 +312,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 if on_step_end is not None:
                     seen = {name: tensors[name] for name in wanted}
                     tensors.update(checks.callback_result(on_step_end(self, i, t, seen)))
+                    kept.clear()
                 if (i + 1) % run.order == 0 or i + 1 == len(run):
                     bar.update()
         return tensors["latents"]

@@ -6,12 +6,12 @@ import itertools
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from sdedit.offload import execution_device
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def embeddings(tokenizer: Any) -> dict[str, list[str]]:
@@ -45,11 +45,11 @@ def expand(tokenizer: Any, prompt: str) -> str:
     return re.sub(pattern, lambda m: written.get(m[0].lower(), m[0]), prompt, flags=re.IGNORECASE)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray[Any, Any]:
     """Token ids (B, length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
     prompts = [expand(tokenizer, prompt) for prompt in prompts]
-    ids: Tensor = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ids: np.ndarray[Any, Any] = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
     ).input_ids
     for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(whole) > length:
@@ -68,6 +68,8 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
     Args:
         clip_skip: Leave out that many of the last layers; the final norm is applied all the same.
     """
+    from sdedit.offload import execution_device
+
     config = text_encoder.config
     token_ids = token_ids.to(execution_device(text_encoder))
     if not clip_skip:
@@ -76,7 +78,7 @@ def encode(text_encoder: Any, token_ids: Tensor, clip_skip: int | None = None) -
         raise ValueError(f"clip_skip={clip_skip}; expected 0 to {config.num_hidden_layers - 1} with this text encoder")
     hidden = text_encoder(token_ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
     # transformers before 5.6 keeps the layers one level deeper.
-    norm: torch.nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    norm: nn.Module = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
     return norm(hidden)  # type: ignore[no-any-return]
 
 
@@ -90,12 +92,16 @@ def encode_texts(
     tokenizer: Any, text_encoder: Any, texts: Sequence[str], clip_skip: int | None = None, length: int | None = None
 ) -> Tensor:
     """Prompt embeds (B, M, C) of texts; M is `length`, or as many tokens as the model reads."""
+    import torch
+
     length = length or prompt_length(tokenizer, text_encoder)
-    return encode(text_encoder, tokenize(tokenizer, texts, length), clip_skip)
+    return encode(text_encoder, torch.from_numpy(tokenize(tokenizer, texts, length)), clip_skip)
 
 
 def guidance_scale_embedding(scales: Sequence[float], dim: int) -> Tensor:
     """Sinusoids of the guidance scales, (B, dim), for models distilled with them (LCM, arXiv 2310.04378)."""
+    import torch
+
     from sdedit.models.layers import timestep_embedding
 
     times = torch.tensor([(scale - 1) * 1000.0 for scale in scales])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from conftest import picture
 from sdedit.finetune.dataset import caption_from_name, encode_pictures, fitted, guide, read_folder
-from sdedit.images import open_image, read_images
+from sdedit.images import read_images
+from sdedit.pixels import open_image
 
 
 @pytest.mark.parametrize(

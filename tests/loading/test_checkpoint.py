@@ -14,15 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdedit.loading import checkpoint
-from sdedit.loading.checkpoint import (
-    choose_weights,
-    clip_name,
-    fill,
-    read_weights,
-    save_weights,
-    vae_name,
-    weight_files,
-)
+from sdedit.loading.checkpoint import fill, read_weights, save_weights
+from sdedit.loading.layout import choose_weights, clip_name, vae_name, weight_files
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -170,7 +163,7 @@ def test_a_tensor_of_stride_0_is_refused_before_it_is_cast(tmp_path: Path) -> No
 
 def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     save_file({k: v.to(torch.int8) for k, v in WEIGHTS.items()}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"weight holds torch\.int8|bias holds torch\.int8"):
+    with pytest.raises(ValueError, match=r"weight holds int8|bias holds int8"):
         fill(linear(), [tmp_path / "w.safetensors"], dtype=torch.float32)
 
 

@@ -48,7 +48,7 @@ def test_headers_agree_with_what_is_read(tmp_path_factory: Any, name: str, tenso
     else:
         torch.save(made, path, _use_new_zipfile_serialization=name == "w.ckpt")
     header = read_header(path)
-    assert {k: (i.shape, i.dtype) for k, i in header.tensors.items()} == {
+    assert {k: (i.shape, getattr(torch, str(i.dtype))) for k, i in header.tensors.items()} == {
         k: (tuple(t.shape), t.dtype) for k, t in made.items()
     }
     read = read_weights(path)

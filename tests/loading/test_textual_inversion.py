@@ -346,7 +346,7 @@ def test_a_real_file(tmp_path: Path) -> None:
     assert str(report) == "'<birb-style>', 1 vector"
     theirs = torch.load(BIRB, weights_only=True)["<birb-style>"]
     assert torch.equal(row(loader, "<birb-style>"), theirs)
-    ids = prompts.tokenize(tokenizer, ["a cat, <birb-style>"], 77)
+    ids = torch.from_numpy(prompts.tokenize(tokenizer, ["a cat, <birb-style>"], 77))
     assert torch.isfinite(prompts.encode(encoder, ids)).all()
     loader.unload_textual_inversion()
     assert state(loader) == before

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data import SIZE, Item
-from features import Judge, find_themselves, moved, share_right
+from features import Judge, fit_rows, moved, share_right
 
 STYLES = ("plain", "striped")
 
@@ -30,14 +30,11 @@ def real() -> tuple[np.ndarray, list[Item]]:
 
 
 def test_moved_pictures_find_themselves(real: tuple[np.ndarray, list[Item]]) -> None:
-    found = find_themselves(*real, count=16)
-    assert found["thing"] > 0.9
-    assert found["style"] > 0.9
-
-
-def test_the_nearest_has_thing_and_style(real: tuple[np.ndarray, list[Item]]) -> None:
     pictures, items = real
     judge, rng = Judge(pictures, items), np.random.default_rng(0)
+    assert judge.real["draws"] == len(fit_rows(items)[1]) == 16
+    assert judge.real["thing"] > 0.9
+    assert judge.real["style"] > 0.9
     rows = range(0, len(items), 7)
     assert judge.nearest(moved(pictures[row], rng) for row in rows) == [items[row] for row in rows]
 

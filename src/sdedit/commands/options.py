@@ -50,6 +50,7 @@ Embedding = Annotated[
     list[str] | None, typer.Option(help="A textual inversion, for its word in prompts; may be given several times.")
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Backend = Annotated[str, typer.Option(help="torch or jax; a seed gives each a picture of its own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Size = Annotated[
     str, typer.Option(help="WxH, or 'original'; 'auto' brings images far from the model's own size near it.")
@@ -79,7 +80,7 @@ def beside(picture: Path, name: str) -> Path:
 
 def open_guide(image: Path, max_megapixels: float) -> Image:
     """The input image."""
-    from sdedit.images import open_image
+    from sdedit.pixels import open_image
 
     return open_image(image, int(max_megapixels * 1e6))
 

@@ -28,6 +28,7 @@ def run(
     seed: o.Seed = None,
     count: o.Count = 1,
     dtype: o.DType = "auto",
+    backend: o.Backend = "torch",
     device: o.Device = "auto",
     size: o.Size = "auto",
     exact_steps: o.ExactSteps = False,
@@ -59,6 +60,7 @@ def run(
         extra_noise=extra_noise,
         repeats=repeats,
         weighting=weighting,
+        backend=backend,
         embeddings=tuple(embedding or ()),
     )
     guide = open_guide(image, max_megapixels)

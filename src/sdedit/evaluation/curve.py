@@ -19,8 +19,9 @@ from sdedit.evaluation.distance import counts, distance_interval, kernel_distanc
 from sdedit.evaluation.features import wavelet_features
 from sdedit.files import read_json, write_atomically
 from sdedit.finetune.dataset import fitted, read_folder
-from sdedit.images import open_image, read_images, write_images
+from sdedit.images import read_images, write_images
 from sdedit.measures import l2_distance
+from sdedit.pixels import open_image
 from sdedit.strokes import simulate_strokes
 from sdedit.sweep import STRENGTHS
 

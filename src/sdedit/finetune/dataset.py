@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdedit.finetune.objective import fresh_rng
-from sdedit.images import open_image, read_images
+from sdedit.images import read_images
+from sdedit.pixels import open_image
 from sdedit.precision import finite
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")

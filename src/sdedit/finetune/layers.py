@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdedit.finetune.settings import Settings
 from sdedit.models import adapters
+from sdedit.models.factors import Factors
 
 ADAPTER = "learning"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -67,7 +68,7 @@ def _learning(parameter: nn.Parameter) -> nn.Parameter:
 
 def _new_parts(
     model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, generator: torch.Generator
-) -> dict[str, adapters.Factors]:
+) -> dict[str, Factors]:
     """For each layer that `targets` names the end of: `down` normal with deviation 1 / rank, `up` zero."""
     every = {name: layer for name, layer in adapters.adaptable(model).items() if isinstance(layer, _KINDS)}
     chosen: dict[str, Any] = {}
@@ -84,7 +85,7 @@ def _new_parts(
     if rank > most:
         raise ValueError(f"rank={rank}; expected at most {most}, the width of {narrowest}")
     return {
-        name: adapters.Factors(
+        name: Factors(
             down=torch.randn((rank, *shape[1:]), generator=generator) / rank,
             up=torch.zeros((shape[0], rank, *(1 for _ in shape[2:]))),
             alpha=alpha,

@@ -243,7 +243,7 @@ class _Run:
         """Token ids (U, M) if the text encoder learns, else prompt embeds (U, M, D); on the CPU."""
         encoder, tokenizer = self.pipe.text_encoder, self.pipe.tokenizer
         if self.settings.text_encoder:
-            return prompts.tokenize(tokenizer, texts, prompts.prompt_length(tokenizer, encoder))
+            return torch.from_numpy(prompts.tokenize(tokenizer, texts, prompts.prompt_length(tokenizer, encoder)))
         encode = self.pipe.encode_prompt
         parts = [encode(texts[i : i + 32], do_classifier_free_guidance=False)[0] for i in range(0, len(texts), 32)]
         return torch.cat(parts).cpu()

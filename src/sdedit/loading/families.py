@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sdedit.loading import keymaps as maps
-from sdedit.loading.checkpoint import vae_name
 from sdedit.loading.headers import TensorInfo
+from sdedit.loading.layout import vae_name
 from sdedit.loading.ldm import unet_parts, vae_parts
 
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"

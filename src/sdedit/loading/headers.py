@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdedit.files import refuse_lfs_pointer
+from sdedit.loading.dtypes import SAFETENSORS, DType
 from sdedit.loading.pickles import MAX_AXES, MAX_TENSORS, StoredTensor, read_pickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -21,28 +20,13 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 # Bytes of the part that describes the tensors; of the largest Stable Diffusion files it is under 1 MB.
 MAX_HEADER = 4 << 20
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
 
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +111,7 @@ def _read_safetensors(path: Path) -> Header:
             raise ValueError("its metadata are not strings")
         _check_offsets(entries, size - 8 - length)
         return Header(
-            {name: TensorInfo(tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in entries.items()}, metadata
+            {name: TensorInfo(tuple(e["shape"]), SAFETENSORS[e["dtype"]]) for name, e in entries.items()}, metadata
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
@@ -147,13 +131,13 @@ def _check_offsets(entries: Mapping[str, Any], size: int) -> None:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name[:80]!r} is described otherwise than by dtype, shape and data_offsets")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in SAFETENSORS:
             raise ValueError(f"{name[:80]!r} has the dtype {str(entry['dtype'])[:20]!r}, which is not known")
         if not (isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= MAX_AXES and len(offsets) == 2):
             raise ValueError(f"{name[:80]!r} has no proper shape and offsets")
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, *offsets)):
             raise ValueError(f"{name[:80]!r} has a size or offset that is out of range")
-        if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[entry["dtype"]].itemsize:
+        if offsets[1] - offsets[0] != math.prod(shape) * SAFETENSORS[entry["dtype"]].itemsize:
             raise ValueError(f"{name[:80]!r} of shape {shape} has {offsets[1] - offsets[0]:,} bytes")
         ends.append(offsets)
     position = 0

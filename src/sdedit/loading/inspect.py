@@ -238,7 +238,7 @@ def _describe_folder(folder: Path) -> FileReport:
 
 
 def _describe_model(report: FileReport) -> FileReport:
-    from sdedit.loading.pretrained import COMPONENTS
+    from sdedit.loading.folders import COMPONENTS
 
     folder = report.path
     index = read_json(folder / "model_index.json")
@@ -282,8 +282,10 @@ def _check_networks(report: FileReport, folders: Mapping[str, Path]) -> None:
 
 def _compare_headers(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, TensorInfo]:
 
-    from sdedit.loading.checkpoint import blank, fits, vae_name
-    from sdedit.loading.pretrained import explained, model_class, weights_in
+    from sdedit.loading.checkpoint import blank, fits
+    from sdedit.loading.folders import explained, weights_in
+    from sdedit.loading.layout import vae_name
+    from sdedit.loading.pretrained import model_class
 
     cls = model_class(str(config.get("_class_name", {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name])))
     with blank(), explained(folder / "config.json", cls):

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.loading.checkpoint import blank
-from sdedit.loading.nested import differences, is_plain, read_nested
-from sdedit.loading.pretrained import find_folder, load_component
+from sdedit.loading.folders import find_folder
+from sdedit.loading.layout import differences
+from sdedit.loading.nested import is_plain, read_nested
+from sdedit.loading.pretrained import load_component
 from sdedit.loading.sources import find_file
 from sdedit.models import ip_adapter
 

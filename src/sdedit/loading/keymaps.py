@@ -3,6 +3,12 @@
 # Projections of the VAE's attention in folders that were written before 2023.
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# What PyTorch keeps in lists: `down_blocks.0` there is `down_blocks_0` in Flax.
+LISTS = (
+    "down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers", "net",
+    "to_out",
+)  # fmt: skip
+
 # --- Single files, in the layout of the latent diffusion code (ldm). Our names on the left. ---
 
 # Where each network's names begin; the first is the one that is written.

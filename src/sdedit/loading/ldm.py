@@ -9,12 +9,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sdedit.loading import keymaps as maps
 from sdedit.loading.headers import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Part:
 
 def write(parts: Mapping[str, Part], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file, from the parameters of a network: the inverse of `Part.read` for all of them."""
+    import torch
+
     thirds: dict[str, dict[int, Tensor]] = {}
     tensors = {}
     for name, tensor in parameters.items():

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from sdedit import checks
 from sdedit.loading import lora_files, lora_formats, lora_kinds
+from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.lora_formats import LoadReport, Parsed
 from sdedit.models import adapters
 from sdedit.models.attention_options import fused
+from sdedit.models.factors import Factors
 from sdedit.offload import refuse
 
 _COMPONENTS = ("unet", "text_encoder")
@@ -112,7 +114,7 @@ class LoraLoader:
         strict: bool,
         hub: dict[str, Any],
     ) -> Parsed:
-        file = lora_files.read_adapter(source, weight_name, subfolder, **hub)
+        file = lora_files.read_adapter(source, read_weights, weight_name, subfolder, **hub)
         shapes = {
             name: {part: weight.shape for part, weight in adapters.weights(model).items()}
             for name, model in self._lora_models().items()
@@ -127,7 +129,7 @@ class LoraLoader:
             strict=strict,
         )
 
-    def _factors(self, model: nn.Module, parsed: Parsed, component: str) -> dict[str, adapters.Factors]:
+    def _factors(self, model: nn.Module, parsed: Parsed, component: str) -> dict[str, Factors]:
         layers = adapters.adaptable(model)
         made = {}
         for name, change in parsed.changes[component].items():

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from sdedit.files import read_json, write_atomically
-from sdedit.loading.checkpoint import read_weights
+from sdedit.loading import arrays
+from sdedit.loading.arrays import Array
 from sdedit.loading.sources import check_hub_arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 DEFAULT_NAME = "pytorch_lora_weights.safetensors"
 _USUAL = (DEFAULT_NAME, "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,22 @@ class AdapterFile:
     """A file's tensors, mapped into memory, and what is written about them."""
 
     source: str
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Array]
     metadata: Mapping[str, str] = field(default_factory=dict)
     peft_config: Mapping[str, Any] | None = None
 
 
 def read_adapter(
-    source: Source, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+    source: Source,
+    read: Callable[[Path], Mapping[str, Array]],
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
 ) -> AdapterFile:
     """Read an adapter.
 
     Args:
+        read: Reads a file's tensors: `sdedit.loading.checkpoint.read_weights`, or another framework's.
         source: A file, a folder with one, a hub id, or tensors by name.
         weight_name: Which file of the folder; the usual names, or the only one there, if not given.
         subfolder: Where in the folder.
@@ -50,7 +57,7 @@ def read_adapter(
     """
     check_hub_arguments("load_lora_weights", hub)
     if isinstance(source, Mapping):
-        if not source or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
+        if not source or not all(isinstance(k, str) and arrays.is_array(t) for k, t in source.items()):
             raise ValueError("the state dict of an adapter: expected tensors by name, and at least one")
         return AdapterFile("the state dict", source)
     path = Path(source)
@@ -61,10 +68,10 @@ def read_adapter(
         path = folder / _choose([p.name for p in folder.iterdir()] if folder.is_dir() else [], weight_name, str(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    state = read_weights(path)
+    state = read(path)
     metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)
@@ -120,6 +127,9 @@ def write_adapter(
     Raises:
         ValueError: There is nothing to write.
     """
+    from safetensors.torch import save_file
+    from torch import nn
+
     state: dict[str, Tensor] = {}
     for component, part in parts.items():
         held = part.state_dict() if isinstance(part, nn.Module) else part or {}

@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sdedit.loading import lora_kinds, lora_names
+from sdedit.loading import arrays, lora_kinds, lora_names
+from sdedit.loading.arrays import Array, Shape
 from sdedit.loading.lora_names import Target
 
 # The last part of a name: which tensor of its module it is.
@@ -92,7 +90,7 @@ def _span(values: tuple[Any, ...]) -> str:
 class Change:
     """What a file says about one module: its tensors by role, and alpha (`None` where the file has none)."""
 
-    roles: dict[str, Tensor]
+    roles: dict[str, Array]
     alpha: float | None
 
 
@@ -101,13 +99,13 @@ class Parsed:
     """Changes by component and module name, vectors by token, and the report."""
 
     changes: Mapping[str, Mapping[str, Change]]
-    tokens: Mapping[str, Tensor]
+    tokens: Mapping[str, Array]
     report: LoadReport
 
 
 def parse(
-    state: Mapping[str, Tensor],
-    shapes: Mapping[str, Mapping[str, torch.Size]],
+    state: Mapping[str, Array],
+    shapes: Mapping[str, Mapping[str, Shape]],
     *,
     source: str,
     text_width: int,
@@ -150,8 +148,8 @@ def parse(
 class _Sorted:
     """A file's tensors by module and role, and what is none of a module's."""
 
-    held: dict[Target, dict[str, Tensor]] = field(default_factory=dict)
-    tokens: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[Target, dict[str, Array]] = field(default_factory=dict)
+    tokens: dict[str, Array] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
@@ -163,7 +161,7 @@ class _Sorted:
         return self.layouts.most_common(1)[0][0] if self.layouts else "unknown"
 
 
-def _sort(state: Mapping[str, Tensor], shapes: Mapping[str, Mapping[str, torch.Size]]) -> _Sorted:
+def _sort(state: Mapping[str, Array], shapes: Mapping[str, Mapping[str, Shape]]) -> _Sorted:
     found = _Sorted()
     index = lora_names.index(shapes)
     count = sum(name.startswith("unet:") and name.endswith(":down") for name in state)
@@ -196,7 +194,7 @@ def _sort(state: Mapping[str, Tensor], shapes: Mapping[str, Mapping[str, torch.S
 
 
 def _changes(
-    found: _Sorted, shapes: Mapping[str, Mapping[str, torch.Size]], configs: Mapping[str, Mapping[str, Any]]
+    found: _Sorted, shapes: Mapping[str, Mapping[str, Shape]], configs: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Change]], list[str]]:
     """The changes that fit, and a line for each that does not."""
     changes: dict[str, dict[str, Change]] = {}
@@ -204,13 +202,14 @@ def _changes(
     for (component, module), roles in found.held.items():
         shape, stored = shapes[component][module], roles.pop("alpha", None)
         wrong = "a part is missing" if lora_kinds.kind(roles) is None else lora_kinds.check(roles, shape)
-        if stored is not None and (stored.numel() != 1 or stored.is_complex() or not torch.isfinite(stored).all()):
+        given = None if stored is None else arrays.number(stored)
+        if stored is not None and given is None:
             wrong = f"alpha is {list(stored.shape)} of {stored.dtype}, not a finite number"
         if wrong:
             misfits.append(f"! {component} {module} is {list(shape)}; in the file {wrong}")
             continue
         rank = lora_kinds.stored_rank(roles)
-        alpha = float(stored) if stored is not None else _alpha(configs.get(component, {}), module, rank)
+        alpha = given if stored is not None else _alpha(configs.get(component, {}), module, rank)
         changes.setdefault(component, {})[module] = Change(roles, alpha)
     return changes, misfits
 
@@ -234,9 +233,9 @@ def _kind(change: Change) -> str:
     return f"{lora_kinds.kind(change.roles)}{' with DoRA' if 'dora' in change.roles else ''}"
 
 
-def _token(name: str, tensor: Tensor) -> str | None:
+def _token(name: str, tensor: Array) -> str | None:
     """The word that this tensor is the vector of, if it is one."""
-    if tensor.ndim not in (1, 2) or not tensor.is_floating_point():
+    if tensor.ndim not in (1, 2) or not arrays.is_float(tensor):
         return None
     match = _BUNDLE.fullmatch(name)
     return match["token"] if match else name if re.fullmatch(r"<[^<>]+>", name) else None

@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+from sdedit.loading import arrays
+from sdedit.loading.arrays import Array, Shape, flat, wide
+from sdedit.models.factors import Factors
 
-from sdedit.models.adapters import Factors
-
-Roles = Mapping[str, Tensor]
-Pair = tuple[Tensor, Tensor]  # (out, r) and (r, in·k·k)
+Roles = Mapping[str, Array]
+Pair = tuple[Array, Array]  # (out, r) and (r, in·k·k)
 
 
 def kind(roles: Roles) -> str | None:
@@ -49,47 +48,53 @@ def stored_rank(roles: Roles) -> int | None:
     return None
 
 
-def check(roles: Roles, shape: torch.Size) -> str | None:
+def check(roles: Roles, shape: Shape) -> str | None:
     """Why these tensors do not fit a weight of that shape, or `None`; nothing is read but shapes and dtypes."""
     limit = max(shape[0], math.prod(shape[1:]))
     for name, tensor in roles.items():
-        if not tensor.is_floating_point() and name != "alpha":
+        if not arrays.is_float(tensor) and name != "alpha":
             return f"{name} holds {tensor.dtype}, not floats"
-        if not tensor.numel() or tensor.numel() > limit**2:
-            return f"{name} is {list(tensor.shape)}, {'too large' if tensor.numel() else 'empty'}"
+        count = arrays.size(tensor)
+        if not count or count > limit**2:
+            return f"{name} is {list(tensor.shape)}, {'too large' if count else 'empty'}"
     if not _fits(roles, shape):
         return ", ".join(f"{name} is {list(tensor.shape)}" for name, tensor in roles.items())
     for name in ("diff_b", "up_bias"):
-        if name in roles and roles[name].shape != shape[:1]:
+        if name in roles and tuple(roles[name].shape) != tuple(shape[:1]):
             return f"{name} is {list(roles[name].shape)}"
-    if "dora" in roles and roles["dora"].numel() not in (shape[0], shape[1]):
+    if "dora" in roles and arrays.size(roles["dora"]) not in (shape[0], shape[1]):
         return f"the DoRA scale is {list(roles['dora'].shape)}"
     if "dora" in roles and {"diff_b", "up_bias"} & set(roles):
         return "there is a bias beside the DoRA scale, which no known program writes"
     return None
 
 
-def _fits(roles: Roles, shape: torch.Size) -> bool:
+def _fits(roles: Roles, shape: Shape) -> bool:
     if "down" in roles and "mid" not in roles:  # the common case, without computing
         down, up = roles["down"].shape, roles["up"].shape
         return (
             min(len(down), len(up)) > 1
             and up[0] == shape[0]
-            and up.numel() == up[0] * down[0]
-            and down[1:].numel() == shape[1:].numel()
+            and math.prod(up) == up[0] * down[0]
+            and math.prod(down[1:]) == math.prod(shape[1:])
         )
     try:
-        made = factors({n: torch.empty_like(t, device="meta") for n, t in roles.items() if n != "alpha"}, shape)
-    except (RuntimeError, IndexError):
+        made = factors({n: _shape_only(t) for n, t in roles.items() if n != "alpha"}, shape)
+    except (RuntimeError, IndexError, ValueError):
         return False
     return (len(made.up), *made.down.shape[1:]) == tuple(shape)
 
 
-def factors(roles: Roles, shape: torch.Size, alpha: float | None = None, weight: Tensor | None = None) -> Factors:
+def _shape_only(tensor: Array) -> Array:
+    """PyTorch can follow shapes without computing; for other arrays the factors are made twice."""
+    return arrays.library(tensor).empty_like(tensor, device="meta") if arrays.is_torch(tensor) else tensor
+
+
+def factors(roles: Roles, shape: Shape, alpha: float | None = None, weight: Array | None = None) -> Factors:
     """The two factors of ΔW for a weight of that shape.
 
     Args:
-        roles: Tensors of one module, by their part in the kind's formula.
+        roles: Arrays of one module, by their part in the kind's formula.
         alpha: Scale times rank; the rank if not given.
         weight: The layer's own, which DoRA along the input axis needs.
     """
@@ -101,77 +106,81 @@ def factors(roles: Roles, shape: torch.Size, alpha: float | None = None, weight:
     if magnitude is not None and _along_input(magnitude, shape):
         if weight is not None:
             left, right = _narrow(
-                _dora_of_columns(weight, (left.float() @ right.float() * scale).reshape(shape), magnitude).flatten(1)
+                flat(_dora_of_columns(weight, (wide(left) @ wide(right) * scale).reshape(shape), magnitude))
             )
             scale = 1.0
         magnitude = None
     inner = left.shape[1]
+    kept = alpha is not None and rank is not None and inner == rank and scale == alpha / rank
     return Factors(
         down=right.reshape(inner, *shape[1:]),
         up=left.reshape(shape[0], inner, *(1 for _ in shape[2:])),
-        alpha=alpha if alpha is not None and inner == rank and scale == alpha / rank else scale * inner,
-        magnitude=None if magnitude is None else magnitude.flatten(),
+        alpha=float(alpha or 0) if kept else scale * inner,
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
         bias=bias,
     )
 
 
-def _pair(roles: Roles, shape: torch.Size) -> Pair:
+def _pair(roles: Roles, shape: Shape) -> Pair:
     which = kind(roles)
     if which == "LoRA":
-        down, up = roles["down"].flatten(1), roles["up"].flatten(1)
+        down, up = flat(roles["down"]), flat(roles["up"])
         return (up, _with_core(roles["mid"], down)) if "mid" in roles else (up, down)
     if which == "LoHa":
         (a1, b1), (a2, b2) = (_hada(roles, i) for i in (1, 2))
-        pair = (a1[:, :, None] * a2[:, None, :]).flatten(1), (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        pair = flat(a1[:, :, None] * a2[:, None, :]), (b1[:, None, :] * b2[None, :, :]).reshape(-1, b1.shape[1])
     elif which == "LoKr":
         (a1, b1), (a2, b2) = (_lokr(roles, i) for i in (1, 2))
-        pair = torch.kron(a1, a2), torch.kron(b1, b2)
+        kron = arrays.library(a1).kron
+        pair = kron(a1, a2), kron(b1, b2)
     elif "diff" in roles:
-        return _narrow(roles["diff"].flatten(1))
+        return _narrow(flat(roles["diff"]))
     else:  # only the bias changes
-        return roles["diff_b"].new_zeros(shape[0], 1), roles["diff_b"].new_zeros(1, math.prod(shape[1:]))
+        bias = roles["diff_b"]
+        return arrays.zeros((shape[0], 1), bias), arrays.zeros((1, math.prod(shape[1:])), bias)
     full = min(shape[0], math.prod(shape[1:]))
     return _narrow(pair[0] @ pair[1]) if pair[0].shape[1] > full else pair
 
 
-def _narrow(delta: Tensor) -> Pair:
+def _narrow(delta: Array) -> Pair:
     """ΔW (out, n) as a product with the smaller of the two identities."""
     out, width = delta.shape
     if out <= width:
-        return torch.eye(out, device=delta.device, dtype=delta.dtype), delta
-    return delta, torch.eye(width, device=delta.device, dtype=delta.dtype)
+        return arrays.identity(out, delta), delta
+    return delta, arrays.identity(width, delta)
 
 
-def _with_core(core: Tensor, right: Tensor) -> Tensor:
+def _with_core(core: Array, right: Array) -> Array:
     """Tucker's core (p, q, k, k) times (q, in): (p, in·k·k)."""
-    return torch.einsum("pqk,qi->pik", core.float().flatten(2), right.float()).flatten(1)
+    core = wide(core).reshape(*core.shape[:2], -1)
+    return flat(arrays.library(core).einsum("pqk,qi->pik", core, wide(right)))
 
 
 def _hada(roles: Roles, i: int) -> Pair:
-    a, b = roles[f"hada_w{i}_a"].float(), roles[f"hada_w{i}_b"].float()
+    a, b = wide(roles[f"hada_w{i}_a"]), wide(roles[f"hada_w{i}_b"])
     if f"hada_t{i}" in roles:  # then w*_a is (r, out)
         return a.T, _with_core(roles[f"hada_t{i}"], b)
-    return a, b.flatten(1)
+    return a, flat(b)
 
 
 def _lokr(roles: Roles, i: int) -> Pair:
     if f"lokr_w{i}" in roles:
-        return _narrow(roles[f"lokr_w{i}"].float().flatten(1))
-    a, b = roles[f"lokr_w{i}_a"].float(), roles[f"lokr_w{i}_b"].float()
+        return _narrow(flat(wide(roles[f"lokr_w{i}"])))
+    a, b = wide(roles[f"lokr_w{i}_a"]), wide(roles[f"lokr_w{i}_b"])
     if f"lokr_t{i}" in roles:  # then w2_a is (r, out)
-        return a.T.contiguous(), _with_core(roles[f"lokr_t{i}"], b)
-    return a, b.flatten(1)
+        return arrays.contiguous(a.T), _with_core(roles[f"lokr_t{i}"], b)
+    return a, flat(b)
 
 
-def _along_input(magnitude: Tensor, shape: torch.Size) -> bool:
+def _along_input(magnitude: Array, shape: Shape) -> bool:
     """Is it a length for each column, (1, in) or (1, in, 1, 1), instead of each row?"""
     return magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == shape[1] and shape[0] != 1
 
 
-def _dora_of_columns(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+def _dora_of_columns(weight: Array, delta: Array, magnitude: Array) -> Array:
     """DoRA with the columns' lengths: magnitude · (W + ΔW) / ‖W + ΔW‖ − W, an ordinary ΔW from there on."""
-    own = weight.detach().float()
-    moved = own + delta.to(own)
-    others = [axis for axis in range(moved.ndim) if axis != 1]
-    lengths = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
-    return moved * (magnitude.to(own).reshape(lengths.shape) / lengths) - own
+    own = wide(weight)
+    moved = own + delta
+    others = tuple(axis for axis in range(moved.ndim) if axis != 1)
+    lengths = (moved**2).sum(others, keepdims=True) ** 0.5
+    return moved * (wide(magnitude).reshape(lengths.shape) / lengths) - own

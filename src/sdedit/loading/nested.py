@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,3 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
 def is_plain(value: object) -> bool:
     """Is it a dense tensor, with values?"""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def differences(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> str:
-    """Lines with every name that is missing (-), unknown (+) or of another shape (!), the first 20; or nothing."""
-    lines = [f"- {name} {list(expected[name])} is missing" for name in expected if name not in found]
-    lines += [f"+ {name} {list(found[name])} is not expected" for name in found if name not in expected]
-    lines += [
-        f"! {name} is {list(found[name])} in the file; {list(expected[name])} expected"
-        for name in expected
-        if name in found and expected[name] != found[name]
-    ]
-    return "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))

@@ -12,28 +12,15 @@ import pickletools
 from dataclasses import dataclass
 from typing import IO, Any
 
-import torch
+from sdedit.loading.dtypes import DTYPES, STORAGES, DType
 
 MAX_TENSORS = 25_000
 _MAX_STEPS = 500_000  # a checkpoint of Stable Diffusion with its EMA takes about 100,000
 MAX_AXES = 8
 
-_STORAGES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.storage.UntypedStorage": torch.uint8,
-}
 _REBUILD = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
 _KNOWN = {
-    *_STORAGES,
+    *STORAGES,
     *_REBUILD,
     "torch._utils._rebuild_parameter",
     "collections.OrderedDict",
@@ -49,7 +36,7 @@ class Storage:
     """The numbers of one or several tensors: `count` of them, in the member `key` of the file."""
 
     key: str
-    dtype: torch.dtype
+    dtype: DType
     count: int
 
 
@@ -58,7 +45,7 @@ class StoredTensor:
     """A tensor as a pickle describes it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     storage: Storage
 
 
@@ -213,16 +200,16 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
         storage, offset, shape, strides = _expect(arguments[0], Storage), *arguments[1:4]
         dtype = storage.dtype
         if name.endswith("_v3"):
-            dtype = getattr(torch, _expect(arguments[6], _Global).name.removeprefix("torch."))
+            dtype = DTYPES[_expect(arguments[6], _Global).name.removeprefix("torch.")]
         return _tensor(storage, dtype, _sizes((offset,))[0], _sizes(shape), _sizes(strides))
     raise ValueError(f"calls {name}, which weights do not need")
 
 
 def _storage(described: Any) -> Storage:
     tag, kind, key, _device, count = _expect(described, tuple)[:5]
-    if tag != "storage" or not isinstance(key, str) or kind.name not in _STORAGES:
+    if tag != "storage" or not isinstance(key, str) or kind.name not in STORAGES:
         raise ValueError("is damaged (its numbers are described in an unknown way)")
-    return Storage(key, _STORAGES[kind.name], _sizes((count,))[0])
+    return Storage(key, STORAGES[kind.name], _sizes((count,))[0])
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
@@ -233,7 +220,7 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 
 def _tensor(
-    storage: Storage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    storage: Storage, dtype: DType, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> StoredTensor:
     """Refuse a tensor that reaches beyond its numbers, or that has more elements than there are numbers for."""
     if len(shape) != len(strides):

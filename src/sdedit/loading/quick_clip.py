@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import blank, clip_name, fill
-from sdedit.loading.pretrained import weights_in
+from sdedit.loading.checkpoint import blank, fill
+from sdedit.loading.folders import weights_in
+from sdedit.loading.layout import clip_name
 from sdedit.models.clip_text import CLIPTextEncoder
 
 # Words, single digits and runs of other signs; endings such as 's are words of their own.
@@ -79,15 +81,16 @@ class CLIPTokens:
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> SimpleNamespace:
-        """`input_ids` of one text or several: lists, or with `return_tensors="pt"` a tensor (B, M)."""
+        """`input_ids` of one text or several: lists, or by `return_tensors` ("pt", "np") an array (B, M)."""
         texts = [text] if isinstance(text, str) else list(text)
         ids = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
         if truncation and max_length is not None:
             ids = [row if len(row) <= max_length else [*row[: max_length - 1], self.eos_token_id] for row in ids]
         if padding == "max_length" and max_length is not None:
             ids = [row + [self.pad_token_id] * (max_length - len(row)) for row in ids]
-        if return_tensors == "pt":
-            return SimpleNamespace(input_ids=torch.tensor(ids))
+        if return_tensors is not None:
+            made = np.array(ids)
+            return SimpleNamespace(input_ids=torch.from_numpy(made) if return_tensors == "pt" else made)
         return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -11,41 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from sdedit.models.factors import Factors
+
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class Factors:
-    """ΔW = up · down · alpha / rank.
-
-    Attributes:
-        down: (rank, in) or (rank, in, k, k).
-        up: (out, rank) or (out, rank, 1, 1).
-        magnitude: (out,), DoRA's lengths of the rows of W + ΔW; `None` without DoRA.
-        bias: (out,), what is added to the bias.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """The inner size of the product."""
-        return len(self.down)
-
-    def delta(self) -> Tensor:
-        """ΔW, without DoRA."""
-        return (self.up.flatten(1) @ self.down.flatten(1) * (self.alpha / self.rank)).reshape(
-            len(self.up), *self.down.shape[1:]
-        )
 
 
 def require_peft() -> Any:

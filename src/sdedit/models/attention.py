@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What is attended to: the text, or the text and, for each IP-Adapter, image tokens (B, M, context_dim).
-Context = Tensor | tuple[Tensor, list[Tensor]]
+from sdedit.models.layers import spread
+
+# Keys and values (B, M, heads·d), and the weight of what is found with them.
+Attended = tuple[Tensor, Tensor, float]
 
 # softmax(Q·Kᵀ/√d)·V of (B, heads, N, d), (B, heads, M, d) and (B, heads, M, d).
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,8 +38,79 @@ def attention(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
-    out = (core or F.scaled_dot_product_attention)(q, k, v)
+    out = (core or plain)(q, k, v)
     return out.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by PyTorch, or in blocks where that is faster, in the shapes of `Core`."""
+    many = min(query.shape[2], key.shape[2]) >= 256
+    if many and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled():
+        return _bfloat16_on_cpu(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+@functools.cache
+def _blocks_are_faster() -> bool:
+    """With CPUs that multiply bfloat16 in vectors but not in tiles: there PyTorch's kernel takes 1.5 times as long."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_tile")
+
+
+@torch.library.custom_op("sdedit::bfloat16_attention", mutates_args=())
+def _bfloat16_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One operation to torch.compile, which would write the loop out."""
+    core = in_blocks if _blocks_are_faster() else F.scaled_dot_product_attention
+    return core(query, key, value).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@_bfloat16_on_cpu.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    B, heads, N, d = query.shape
+    return query.new_empty(B, N, heads, d).transpose(1, 2)
+
+
+_SCORES = 2**20  # of a block: 256 queries and 4,096 keys, 2 MiB
+
+
+def in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention a block of queries at a time, whose scores stay in the cache, in the shapes of `Core`.
+
+    Scores are rounded to the dtype before the softmax. So the mean is taken off the keys, which changes no softmax and
+    makes scores smaller; and the scale goes into the keys, before they are rounded.
+    """
+    B, heads, N, d = query.shape
+    centred = key.float() - key.float().mean(2, keepdim=True)
+    keys = (centred * d**-0.5).to(key.dtype).transpose(2, 3)
+    values = F.pad(value, (0, -d % 16))  # vectors of 16
+    out = query.new_empty(B, N, heads, d).transpose(1, 2)
+    size = max(_SCORES // key.shape[2], 16)
+    for b, head in itertools.product(range(B), range(heads)):
+        k, v = keys[b, head], values[b, head]
+        for i in range(0, N, size):
+            weights = torch.mm(query[b, head, i : i + size], k).softmax(-1)
+            out[b, head, i : i + size] = torch.mm(weights, v)[:, :d]
+    return out
+
+
+@dataclass(eq=False)
+class Context:
+    """What a UNet's layers attend to. Their keys and values of it are made once, and serve as long as it does.
+
+    Attributes:
+        text: (B, M, context_dim).
+        images: Image tokens of each IP-Adapter, (B, M, context_dim).
+    """
+
+    text: Tensor
+    images: Sequence[Tensor] = ()
+    made: dict[Attention, list[Attended]] = field(default_factory=dict)
+
+    def of(self, layer: Attention) -> list[Attended]:
+        """What a layer attends to: the text, then the images."""
+        if layer not in self.made:
+            self.made[layer] = layer.attended(self)
+        return self.made[layer]
 
 
 class ImageKeysValues(nn.Module):
@@ -73,20 +150,27 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim), nn.Dropout(dropout)])
         self.ip_adapters = nn.ModuleList()
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """x (B, N, query_dim), context (B, M, context_dim) or x itself → (B, N, query_dim)."""
-        text, images = context if isinstance(context, tuple) else (context, [])
-        text = x if text is None else text
+    def attended(self, context: Context) -> list[Attended]:
+        """Keys and values of the text, then of the images of each IP-Adapter that weighs anything."""
+        found = [(self.to_k(context.text), self.to_v(context.text), 1.0)]
+        adapters = cast("Iterable[ImageKeysValues]", self.ip_adapters)
+        for adapter, tokens in zip(adapters, context.images, strict=False):  # attention to itself has none
+            if adapter.scale:
+                found.append((adapter.to_k_ip(tokens), adapter.to_v_ip(tokens), adapter.scale))
+        return found
+
+    def forward(self, x: Tensor, attended: Sequence[Attended] | None = None) -> Tensor:
+        """x (B, N, query_dim), attending to what `attended` gives, or to itself → (B, N, query_dim)."""
         if self.to_qkv is not None:
             query, key, value = self.to_qkv(x).chunk(3, -1)
+            attended = [(key, value, 1.0)]
         else:
-            query, key, value = self.to_q(x), self.to_k(text), self.to_v(text)
+            query = self.to_q(x)
+            attended = attended or [(self.to_k(x), self.to_v(x), 1.0)]
+        (key, value, _), *images = attended
         out = attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
-        adapters = cast("Iterable[ImageKeysValues]", self.ip_adapters)
-        for adapter, tokens in zip(adapters, images, strict=False):  # attention to itself has none
-            if adapter.scale:
-                key, value = adapter.to_k_ip(tokens), adapter.to_v_ip(tokens)
-                out = out + adapter.scale * attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
+        for key, value, weight in images:
+            out = out + weight * attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
         return self.to_out[1](self.to_out[0](out))
 
 
@@ -97,7 +181,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, attended: Sequence[Attended] | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -153,10 +237,17 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, N, dim), context (B, M, context_dim) → (B, N, dim)."""
-        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
-        x = x + self.attn2(self.norm2(x), context)
+    def attended(self, context: Context) -> tuple[list[Attended] | None, list[Attended]]:
+        """What the two attentions attend to; `None` is the input itself."""
+        return context.of(self.attn1) if self.only_cross_attention else None, context.of(self.attn2)
+
+    def forward(self, x: Tensor, first: Sequence[Attended] | None, text: Sequence[Attended]) -> Tensor:
+        """x (B, N, dim) and what `attended` gave of a context of B or k·B texts → (B or k·B, N, dim)."""
+        if first is not None:
+            x = spread(x, len(text[0][0]))
+        x = x + self.attn1(self.norm1(x), first)
+        x = spread(x, len(text[0][0]))
+        x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
 
@@ -198,7 +289,7 @@ class Transformer2DModel(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x (B, C, H, W), context (B, M, context_dim) → (B, C, H, W)."""
+        """x (B, C, H, W), a context of B or k·B texts → (B or k·B, C, H, W)."""
         _B, _C, H, W = x.shape
         h = self.norm(x)
         if not self.use_linear_projection:
@@ -206,9 +297,9 @@ class Transformer2DModel(nn.Module):
         tokens = h.flatten(2).transpose(1, 2)
         if self.use_linear_projection:
             tokens = self.proj_in(tokens)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for block in cast("Iterable[BasicTransformerBlock]", self.transformer_blocks):
+            tokens = block(tokens, *block.attended(context))
         if self.use_linear_projection:
             tokens = self.proj_out(tokens)
         h = tokens.transpose(1, 2).unflatten(2, (H, W))
-        return x + (h if self.use_linear_projection else self.proj_out(h))
+        return spread(x, len(h)) + (h if self.use_linear_projection else self.proj_out(h))

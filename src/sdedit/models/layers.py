@@ -24,6 +24,27 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def spread(x: Tensor, batch: int) -> Tensor:
+    """A batch (B, …) as often as makes `batch` of it: what is the same with and without the prompt is computed once."""
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
+
+
+def channels_last(network: nn.Module, x: Tensor) -> Tensor:
+    """The input of a network (B, C, H, W) with channels innermost, as convolutions and attention want it.
+
+    The network's convolutions are laid out in the same way when they first see it, one at a time: PyTorch would do it
+    in every call.
+    """
+    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):  # strips are laid out as they are made
+        return x
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for weight in (layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)):
+            if weight.is_contiguous(memory_format=torch.channels_last):
+                break
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def timestep_embedding(
     timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0, max_period: int = 10000
 ) -> Tensor:
@@ -92,7 +113,8 @@ class ResnetBlock2D(nn.Module):
         """(B, in_channels, H, W) and the embedded time (B, temb_channels) → (B, out_channels, H, W)."""
         h = self.conv1(self.nonlinearity(self.norm1(x)))
         if self.time_emb_proj is not None and temb is not None:
-            h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+            shift = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+            h = h + (shift if len(shift) == 1 else spread(shift, len(h)))
         h = self.conv2(self.dropout(self.nonlinearity(self.norm2(h))))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -121,6 +143,34 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, *size), twice the size if none is given."""
-        if size is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        B, C, H, W = x.shape
+        size = size or (2 * H, 2 * W)
+        # Adding weights up costs as much as so many pixels.
+        if isinstance(x, Tensor) and size == (2 * H, 2 * W) and B * H * W > C and _bare(self.conv):
+            return _convolve_doubled(x, self.conv)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Is it a convolution and nothing else: no adapter around it, no hook that waits for its call?"""
+    own = getattr(layer.forward, "__func__", None) is nn.Conv2d.forward
+    return type(layer) is nn.Conv2d and own and not (layer._forward_pre_hooks or layer._forward_hooks)
+
+
+def _convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 3×3 convolution of x (B, C, H, W) at twice the size, without making that: 4/9 of the products.
+
+    Of a 3×3 window in the enlarged picture, neighbours are copies of one pixel, so their weights can be added up. Even
+    rows see w0 of the row above and w1 + w2 of their own, odd rows w0 + w1 of their own and w2 of the row below;
+    so do columns.
+    """
+    B, _C, H, W = x.shape
+    out = x.new_empty(B, conv.out_channels, 2 * H, 2 * W).contiguous(memory_format=torch.channels_last)
+    padded = F.pad(x, (1, 1, 1, 1))
+    above, own, below = conv.weight.float().unbind(2)
+    for i, rows in enumerate(((above, own + below), (above + own, below))):
+        left, middle, right = torch.stack(rows, 2).unbind(3)
+        for j, columns in enumerate(((left, middle + right), (left + middle, right))):
+            weight = torch.stack(columns, 3).to(x.dtype)
+            out[:, :, i::2, j::2] = F.conv2d(padded[:, :, i : i + H + 1, j : j + W + 1], weight, conv.bias)
+    return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,41 +12,21 @@ from torch import Tensor, nn
 
 from sdedit.models.adapters import scaled_call
 from sdedit.models.attention import Context, Transformer2DModel
+from sdedit.models.deep_reuse import DeepReuse
 from sdedit.models.freeu import FreeU
+from sdedit.models.kinds import known_block, per_block, refuse_other_kinds
 from sdedit.models.layers import (
     Downsample2D,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
     activation,
+    channels_last,
+    spread,
     timestep_embedding,
 )
 from sdedit.models.model import Model
 from sdedit.output import Output
-
-# Keys of published config.json files that mean another kind of model unless they have this value.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "addition_embed_type": (None,),
-    "attention_type": ("default",),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "num_class_embeds": (None,),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
 
 
 @dataclass
@@ -103,6 +84,8 @@ class UNet2DConditionModel(Model):
     `addition_embed_type`, class conditioning, …) are accepted with the value that turns them off and refused otherwise.
     """
 
+    repeats_sample = True  # for more texts than pictures, see `forward`
+
     def __init__(
         self,
         sample_size: int | Sequence[int] | None = None,
@@ -143,12 +126,12 @@ class UNet2DConditionModel(Model):
     ) -> None:
         super().__init__()
         depth = len(down_block_types)
-        heads = _per_block("attention_head_dim", num_attention_heads or attention_head_dim, depth)
-        layers = _per_block("layers_per_block", layers_per_block, depth)
-        transformers = _per_block("transformer_layers_per_block", transformer_layers_per_block, depth)
-        only_cross = _per_block("only_cross_attention", only_cross_attention, depth)
-        channels = _per_block("block_out_channels", block_out_channels, depth)
-        _per_block("up_block_types", up_block_types, depth)
+        heads = per_block("attention_head_dim", num_attention_heads or attention_head_dim, depth)
+        layers = per_block("layers_per_block", layers_per_block, depth)
+        transformers = per_block("transformer_layers_per_block", transformer_layers_per_block, depth)
+        only_cross = per_block("only_cross_attention", only_cross_attention, depth)
+        channels = per_block("block_out_channels", block_out_channels, depth)
+        per_block("up_block_types", up_block_types, depth)
         if not isinstance(cross_attention_dim, int):
             raise ValueError(f"unet config: cross_attention_dim={cross_attention_dim!r}; expected one number")
         temb_channels = 4 * channels[0]
@@ -180,7 +163,7 @@ class UNet2DConditionModel(Model):
         self.down_blocks = nn.ModuleList()
         skips = [channels[0]]  # channels of the features that the way up takes in again
         for i, block_type in enumerate(down_block_types):
-            _known_block("down_block_types", block_type, ("CrossAttnDownBlock2D", "DownBlock2D"))
+            known_block("down_block_types", block_type, ("CrossAttnDownBlock2D", "DownBlock2D"))
             inner = [(skips[-1] if j == 0 else channels[i], channels[i]) for j in range(layers[i])]
             last = i == depth - 1
             down = None if last else nn.ModuleList([Downsample2D(channels[i], downsample_padding)])
@@ -191,7 +174,7 @@ class UNet2DConditionModel(Model):
 
         self.mid_block: _MidBlock | None = None
         if mid_block_type is not None:
-            _known_block("mid_block_type", mid_block_type, ("UNetMidBlock2DCrossAttn",))
+            known_block("mid_block_type", mid_block_type, ("UNetMidBlock2DCrossAttn",))
             self.mid_block = _MidBlock(
                 channels[-1],
                 resnet={**resnet, "output_scale_factor": mid_block_scale_factor},
@@ -201,7 +184,7 @@ class UNet2DConditionModel(Model):
         self.up_blocks = nn.ModuleList()
         previous = channels[-1]
         for i, block_type in enumerate(up_block_types):
-            _known_block("up_block_types", block_type, ("CrossAttnUpBlock2D", "UpBlock2D"))
+            known_block("up_block_types", block_type, ("CrossAttnUpBlock2D", "UpBlock2D"))
             level = depth - 1 - i
             inner = []
             for _ in range(layers[level] + 1):
@@ -217,6 +200,8 @@ class UNet2DConditionModel(Model):
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.encoder_hid_proj: nn.Module | None = None  # an IP-Adapter's, if one is loaded
         self.freeu: FreeU | None = None
+        self.reuse: DeepReuse | None = None
+        self.kept: list[Context] | None = None  # see `one_run`
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> UNet2DConditionModel:
@@ -226,12 +211,7 @@ class UNet2DConditionModel(Model):
             ValueError: The config describes a kind of UNet that is not Stable Diffusion 1.x or 2.x.
         """
         made = super().from_config(config, **overrides)
-        for key, values in _FIXED.items():
-            if made.config.get(key, values[0]) not in values:
-                raise ValueError(
-                    f"unet config: {key}={made.config[key]!r} is of a model that is not Stable Diffusion 1.x or 2.x; "
-                    f"expected {values[0]!r}"
-                )
+        refuse_other_kinds(made.config)
         return made
 
     @scaled_call
@@ -252,7 +232,8 @@ class UNet2DConditionModel(Model):
         """Predict from noisy latents.
 
         Args:
-            sample: (B, in_channels, H, W), any H and W.
+            sample: (B, in_channels, H, W), any H and W. With k·B texts, each of its pictures is predicted k times, in
+                the order of `torch.cat([sample] * k)`, and what is the same each time is computed once.
             timestep: One number for the batch or (B,), in training timesteps.
             encoder_hidden_states: The text, (B, M, cross_attention_dim).
             class_labels: Must be `None`: these models have no classes.
@@ -269,46 +250,64 @@ class UNet2DConditionModel(Model):
                 raise ValueError(f"{name}: Stable Diffusion's UNet does not take any; expected None")
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-        times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
+        temb = self._embedded_time(timestep, sample, timestep_cond)
+        context = self._context(encoder_hidden_states, added_cond_kwargs or {})
+
+        x = self.conv_in(channels_last(self, sample))
+        deep = None if self.reuse is None else self.reuse.recall(x)
+        around = None if self.reuse is None or deep is None else self.reuse.layers
+        skips = self._down(x, temb, context, around)
+        if deep is None:
+            x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
+            if down_block_additional_residuals is not None:
+                skips = [spread(a, len(b)) + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
+            if mid_block_additional_residual is not None:
+                x = x + mid_block_additional_residual
+        else:
+            x = deep
+        x = self._up(x, skips, temb, context)
+        x = spread(self.conv_out(self.conv_act(self.conv_norm_out(x))), len(encoder_hidden_states))
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def _embedded_time(self, timestep: Tensor | float, sample: Tensor, condition: Tensor | None) -> Tensor:
+        """(1, C) or (B, C)."""
         sinusoids = timestep_embedding(
-            times,
+            torch.as_tensor(timestep, device=sample.device).reshape(-1),
             self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
-        temb = self.time_embedding(sinusoids.to(sample.dtype), timestep_cond)
-        context = self._context(encoder_hidden_states, added_cond_kwargs or {})
+        embedded: Tensor = self.time_embedding(sinusoids.to(sample.dtype), condition)
+        return embedded
 
-        x = self.conv_in(sample)
+    def _down(self, x: Tensor, temb: Tensor, context: Context, count: int | None = None) -> list[Tensor]:
+        """The way down: what it leaves for the way up, the deepest last; only the first `count` of them if given."""
         skips = [x]
         for block in cast("Iterable[_Block]", self.down_blocks):
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, temb, context)
-                skips.append(x)
-            if block.downsamplers is not None:
-                x = block.downsamplers[0](x)
-                skips.append(x)
-        if down_block_additional_residuals is not None:
-            skips = [a + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
+                if len(skips) == count:
+                    return skips
+                skips.append(block.layer(i, skips[-1], temb, context))
+            if block.downsamplers is not None and len(skips) != count:
+                skips.append(block.downsamplers[0](skips[-1]))
+        return skips
 
-        if self.mid_block is not None:
-            x = self.mid_block(x, temb, context)
-        if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
-
-        for stage, block in enumerate(cast("Iterable[_Block]", self.up_blocks)):
-            for i in range(len(block.resnets)):
-                skip = skips.pop()
-                if self.freeu is not None:
-                    x, skip = self.freeu(stage, x, skip)
-                x = block.layer(i, torch.cat([x, skip], dim=1), temb, context)
-            if block.upsamplers is not None:
+    def _up(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context) -> Tensor:
+        """The way up, which takes a skip in at each layer: as many of its last layers as there are skips."""
+        blocks = enumerate(cast("Iterable[_Block]", self.up_blocks))
+        layers = [(stage, block, i) for stage, block in blocks for i in range(len(block.resnets))]
+        for stage, block, i in layers[-len(skips) :]:
+            if self.reuse is not None and len(skips) == self.reuse.layers:
+                self.reuse.keep(x)
+            skip = spread(skips.pop(), len(x))
+            if self.freeu is not None:
+                x, skip = self.freeu(stage, x, skip)
+            x = block.layer(i, torch.cat([x, skip], dim=1), temb, context)
+            if i + 1 == len(block.resnets) and block.upsamplers is not None:
                 # The size of the next skip, not twice ours: odd sizes were rounded up on the way down.
                 height, width = skips[-1].shape[2:]
                 x = block.upsamplers[0](x, (height, width))
-
-        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
-        return UNet2DConditionOutput(x) if return_dict else (x,)
+        return x
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Reweigh what the way up takes in, see `FreeU`; the numbers depend on the model and were found by trying.
@@ -328,18 +327,27 @@ class UNet2DConditionModel(Model):
         if (self.encoder_hid_proj is None) != ("image_embeds" not in added) or set(added) - {"image_embeds"}:
             expected = "None" if self.encoder_hid_proj is None else "{'image_embeds': [...]}, for the IP-Adapter"
             raise ValueError(f"added_cond_kwargs with {sorted(added) or 'nothing'}; expected {expected}")
-        return text if self.encoder_hid_proj is None else (text, self.encoder_hid_proj(added["image_embeds"]))
+        if self.kept and self.kept[0].text is text:
+            return self.kept[0]
+        images = [] if self.encoder_hid_proj is None else self.encoder_hid_proj(added["image_embeds"])
+        context = Context(text, images)
+        if self.kept is not None:
+            self.kept[:] = [context]
+        return context
 
 
-def _per_block(name: str, value: Any, depth: int) -> list[Any]:
-    """One value a block: a single value is repeated, a list must have one for each block."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * depth
-    if len(value) != depth:
-        raise ValueError(f"unet config: {name}={list(value)!r} has {len(value)} values; expected {depth}, one a block")
-    return list(value)
+@contextmanager
+def one_run(unet: Any) -> Iterator[list[Context]]:
+    """The steps of one run: a UNet that is given the very same text again has its keys and values, and its images.
 
-
-def _known_block(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unet config: {key} has {value!r}; expected {' or '.join(known)}")
+    What it keeps is in the list; clear that when weights or images change. Reuse of deep features begins anew.
+    """
+    kept: list[Context] = []
+    unet.kept = kept
+    reuse: DeepReuse | None = getattr(unet, "reuse", None)
+    try:
+        yield kept
+    finally:
+        unet.kept = None
+        if reuse is not None:
+            reuse.forget()

@@ -194,3 +194,11 @@ class DPMSolverSDE(TwoStage):
         ends = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
         mids = solvers.midpoints(ends, ancestral=False)
         return Grid(both, np.append(solvers.interleave(sigmas), 0.0), np.append(0.0, mids.repeat(2)))
+
+    def overlaps(self, first: int) -> Array:
+        """Second rows go over the whole step on the path that the first went to its middle; see `Plan.overlaps`."""
+        found, second, sigmas = super().overlaps(first), np.arange(first + 1, len(self.times), 2), self._grid.sigmas
+        assert self._grid.mids is not None
+        s, after = sigmas[second - 1], sigmas[second]
+        found[1::2] = np.sqrt((s - self._grid.mids[second]) / (s - after))
+        return found

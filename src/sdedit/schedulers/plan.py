@@ -160,6 +160,18 @@ class Plan(Configurable):
             )
         return self._solved[key]
 
+    @property
+    def times(self) -> s.Array:
+        """(N,) times that the UNet is told in the whole run, falling."""
+        return self._grid.times
+
+    def overlaps(self, first: int) -> s.Array:
+        """How much of each row's noise is that of the row before, for a run that starts at `times[first]`: none.
+
+        The rest of it is fresh: z_i = overlap·z_(i-1) + √(1 - overlap²)·z, with z_(i-1) fresh itself.
+        """
+        return np.zeros(len(self.times) - first)
+
     def place_of(self, timestep: float, times: s.Array | None = None) -> int:
         """Place of a time in the grid's, or in `times`; of its second appearance if there are several."""
         times = self._grid.times if times is None else times
@@ -197,7 +209,7 @@ class Plan(Configurable):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
         """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        from sdedit.loading.pretrained import find_folder
+        from sdedit.loading.folders import find_folder
         from sdedit.loading.sources import HUB_ARGUMENTS
 
         hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}

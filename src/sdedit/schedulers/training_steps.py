@@ -29,8 +29,8 @@ class TrainingStep(Plan):
     def _at(self, times: Array) -> Grid:
         return Grid(times, np.append(self._schedule.sigma_at(times), 0.0))
 
-    def levels_seen(self, places: Sequence[int]) -> tuple[Array, Array]:
-        """See `Plan.levels_seen`; here σ/α may be infinite."""
+    def levels(self, places: Sequence[int]) -> tuple[Array, Array]:
+        """See `Plan.levels`; here σ/α may be infinite."""
         bar = np.array([self._schedule.bar(self._grid.times[i]) for i in places])
         return np.sqrt(bar), np.sqrt(1 - bar)
 

@@ -1,0 +1,40 @@
+"""Nearly the same picture in a fraction of the time: the part of a pipeline that turns this on and off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdedit import checks
+from sdedit.models.deep_reuse import DeepReuse
+
+# One UNet call in so many is whole; docs/performance.md has what each level costs in the picture.
+LEVELS = {1: 3, 2: 5, 3: 8}
+
+
+class Turbo:
+    """Methods that trade exactness for time; off unless asked for."""
+
+    unet: Any
+
+    def enable_turbo(self, level: int = 2) -> None:
+        """Let the deep features of the UNet serve several steps, see `DeepReuse`. All else stays as it is.
+
+        Args:
+            level: 1 computes them in every third UNet call, 2 in every fifth, 3 in every eighth. The more steps a call
+                has, the more time it saves and the less it changes the picture.
+
+        Raises:
+            ValueError: There is no such level, or the UNet is not one of sdedit's.
+        """
+        level = checks.whole_number("level", level, 1)
+        if level not in LEVELS:
+            raise ValueError(f"level={level}; expected one of {', '.join(map(str, LEVELS))}")
+        if not hasattr(self.unet, "reuse"):
+            raise ValueError(
+                f"enable_turbo: unet is {type(self.unet).__name__}; expected sdedit's UNet2DConditionModel"
+            )
+        self.unet.reuse = DeepReuse(LEVELS[level])
+
+    def disable_turbo(self) -> None:
+        """Compute every UNet call whole again."""
+        self.unet.reuse = None
