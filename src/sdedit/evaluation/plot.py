@@ -38,8 +38,11 @@ def plot_curve(curves: Mapping[str, Sequence[Row]], path: str | Path) -> None:
         real.errorbar(strengths, distance, up, **style)
         faithful.errorbar(strengths, l2, across, **style)
         both.errorbar(l2, distance, up, across, **style)
-        for row in drawn:
-            both.annotate(f" {row.strength:g}", (row.l2, row.wavelet_kernel_distance), fontsize=7, va="bottom")
+        labelled = -1e9
+        for row in drawn:  # where they are too close to be read, some go without
+            if row.l2 > labelled + 0.1 * max(l2):
+                both.annotate(f" {row.strength:g}", (row.l2, row.wavelet_kernel_distance), fontsize=7, va="bottom")
+                labelled = row.l2
     for row in next(iter(curves.values())):
         if row.what == "guides":
             both.plot(row.l2, row.wavelet_kernel_distance, "k*", markersize=9, label="the guides as they are")
