@@ -90,6 +90,56 @@ def test_again_wants_the_same_input_image(work: Path, folder: Path) -> None:
     assert ran.returncode == 2 and "in.png does not exist" in ran.stderr
 
 
+def test_masks_are_kept_in_the_settings(work: Path, folder: Path) -> None:
+    """What is black in the mask stays, at whatever size the picture is drawn."""
+    mask = np.zeros((44, 60), dtype=np.uint8)
+    mask[8:30, 10:40] = 255
+    (work / "masks").mkdir()
+    Image.fromarray(mask).save(work / "masks/hat, 1.png")
+    Image.fromarray(mask // 2).save(work / "levels.png")
+    run = ("run", "in.png", "a", "-o", "out.png", "--model", folder, "--steps", 4, "--seed", 7, "--size", "original")
+    masks = ("--mask", "masks/hat, 1.png", "--feather", 2, "--strength-map", "levels.png")
+    ran = sdedit(*run, *masks, cwd=work)
+    assert ran.returncode == 0, ran.stderr
+    settings = read_settings(work / "out.png")
+    assert (settings.mask, settings.strength_map, settings.feather) == ("masks/hat, 1.png", "levels.png", 2)
+    assert settings.strength == 1 and "1 steps from noise level" in ran.stderr  # 127/255 of 4 steps
+    first, source = (np.asarray(Image.open(work / name)) for name in ("out.png", "in.png"))
+    assert np.array_equal(first[mask == 0], source[mask == 0])
+    assert not np.array_equal(first, source)
+    (work / "elsewhere").mkdir()
+    assert sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
+    assert np.array_equal(first, np.asarray(Image.open(work / "elsewhere/twice.png")))
+    # At another size the mask is brought there with the image.
+    assert sdedit(*run[:4], "small.png", *run[5:11], "--size", "32x32", *masks[:2], cwd=work).returncode == 0
+    Image.fromarray(mask[:20]).save(work / "levels.png")
+    ran = sdedit(*run, *masks, cwd=work)
+    assert ran.returncode == 2 and "--strength-map: 60×20 for an image of 60×44 pixels" in ran.stderr
+    ran = sdedit("again", "out.png", cwd=work)
+    assert ran.returncode == 2 and "its hash differs" in ran.stderr
+
+
+def test_composite(work: Path, folder: Path) -> None:
+    cutout = Image.new("RGBA", (16, 16))
+    cutout.paste((255, 0, 0, 255), (4, 4, 12, 12))
+    cutout.save(work / "a.png")
+    common = ("apple", "-o", "out.png", "--model", folder, "--steps", 4, "--seed", 1, "--margin", 2)
+    ran = sdedit(
+        "composite", "in.png", "a.png", "a.png", "--at", "2,3", "--at", "30,-2", "--scale", 1.5, *common, cwd=work
+    )
+    assert ran.returncode == 0, ran.stderr
+    out, pasted, mask, source = (
+        np.asarray(Image.open(work / name)) for name in ("out.png", "out-pasted.png", "out-mask.png", "in.png")
+    )
+    assert np.array_equal(out[mask == 0], source[mask == 0]) and (pasted[15, 14] == (255, 0, 0)).all()
+    assert sdedit("again", "out.png", "-o", "twice.png", cwd=work).returncode == 0
+    assert np.array_equal(out, np.asarray(Image.open(work / "twice.png")))
+    ran = sdedit("composite", "in.png", "in.png", "--at", "2,3", *common, cwd=work)
+    assert ran.returncode == 2 and "nothing in it is transparent" in ran.stderr
+    ran = sdedit("composite", "in.png", "a.png", "--at", "here", *common, cwd=work)
+    assert ran.returncode == 2 and "--at here; expected X,Y" in ran.stderr
+
+
 def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
     common = ("--model", folder, "--steps", 3, "--size", "64x64", "--scheduler", "ddpm")
     assert sdedit("run", "in.png", "a", "-o", "o.png", "--count", 2, "--seed", 5, *common, cwd=work).returncode == 0
@@ -116,6 +166,8 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "expected at least 1"),
         (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),
         (("run", "in.png", "a", "-o", "o.png", "--dtype", "int8"), "expected auto"),
+        (("run", "in.png", "a", "-o", "o.png", "--mask", "none.png"), "none.png"),
+        (("run", "in.png", "a", "-o", "o.png", "--strength-map", "broken.png"), "not an image"),
         (("run", "in.png", "a", "-o", "o.png", "--device", "tpu"), "cannot be used here"),
         (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "the hub"),
         (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "0.001"), "at most 0"),

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from sdedit.compiling import Compiling
+from sdedit.composite import Composite, composite
 from sdedit.image_prompts import ImagePrompts
 from sdedit.loading.folders import COMPONENTS
 from sdedit.loading.ip_adapter import IPAdapterLoader
@@ -111,6 +112,18 @@ class Pipeline(
     ) -> Sweep:
         """Draw an image at several strengths in one batch, from the same noise: see `sdedit.sweep`."""
         return sweep(self, image, prompt, strengths, generator, **settings)
+
+    def composite(
+        self,
+        background: Image,
+        cutouts: Image | Sequence[Image],
+        prompt: str,
+        at: Any,
+        scale: Any = 1.0,
+        **options: Any,
+    ) -> Composite:
+        """Paste cut-outs into a picture and make them one with it: see `sdedit.composite`."""
+        return composite(self, background, cutouts, prompt, at, scale, **options)
 
     def search(self, image: Image, prompt: str, faithful: float = 0.9, **options: Any) -> Found:
         """Find the largest strength that is still faithful, or the one that somebody picks: see `sdedit.search`."""

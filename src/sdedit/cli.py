@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sdedit.commands.composite import composite
 from sdedit.commands.evaluate import evaluate
 from sdedit.commands.models import inspect, models
 from sdedit.commands.run import again, run
@@ -33,6 +34,7 @@ COMMANDS = (
     again,
     sweep,
     search,
+    composite,
     strokes,
     evaluate,
     models,

@@ -24,7 +24,8 @@ def say(text: str) -> None:
 def ready(settings: Settings, guide: Image, device: str, size: str) -> tuple[Any, Image]:
     """The pipeline and the input image that settings ask for; what they left open is filled in."""
     pipe = ready_pipe(settings, device)
-    settings.framed = settings.framed or (size == "auto" and settings.model == "default")
+    masked = settings.mask or settings.strength_map  # then what stays shall stay where it is
+    settings.framed = settings.framed or (size == "auto" and settings.model == "default" and not masked)
     guide = resized(guide, size, pipe, settings.framed)
     settings.size = guide.size
     return pipe, guide
@@ -63,9 +64,12 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         return of_jax.draw(settings, guide, output, count=count, device=device, size=size)
     if settings.backend != "torch":
         raise ValueError(f"--backend {settings.backend}; expected torch or jax")
+    masks = read_masks(settings, guide)
     pipe, guide = ready(settings, guide, device, size)
 
     import torch
+
+    from sdedit.masks import resized_mask
 
     seeds = [settings.seed + i for i in range(count)]
     started = time.perf_counter()
@@ -82,6 +86,8 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
         extra_noise=settings.extra_noise,
         repeats=settings.repeats,
         prompt_weighting=settings.weighting,
+        mask_feather=settings.feather,
+        **{name: resized_mask(mask, guide.size) for name, mask in masks.items()},
     )
     seconds = time.perf_counter() - started
     save_all(drawn.images, seeds, settings, output)
@@ -90,13 +96,28 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
     say(f"{times}{drawn.steps[0]} steps from noise level {drawn.start_sigmas[0]:.3g} (σ/α), {seconds:.1f} s")
 
 
+def read_masks(settings: Settings, guide: Image) -> dict[str, Any]:
+    """Mask and strength map of the settings, by the pipeline's names, at the size of the input image."""
+    from PIL import ImageOps
+
+    from sdedit.masks import read_mask
+    from sdedit.pixels import open_image
+
+    size = ImageOps.exif_transpose(guide).size
+    options = {"mask_image": ("--mask", settings.mask), "strength_map": ("--strength-map", settings.strength_map)}
+    return {
+        name: read_mask(option, open_image(file), size) for name, (option, file) in options.items() if file is not None
+    }
+
+
 def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
     """Write pictures, each with its seed and settings, in which paths become relative to the pictures' folder."""
-    image = Path(settings.image or "")
-    settings.image = os.path.relpath(image, output.absolute().parent)
-    if settings.model != "default" and Path(settings.model).exists():
-        settings.model = os.path.relpath(settings.model, output.absolute().parent)
     folder = output.absolute().parent
+    settings.image = os.path.relpath(settings.image or "", folder)
+    settings.mask = settings.mask and os.path.relpath(settings.mask, folder)
+    settings.strength_map = settings.strength_map and os.path.relpath(settings.strength_map, folder)
+    if settings.model != "default" and Path(settings.model).exists():
+        settings.model = os.path.relpath(settings.model, folder)
     settings.embeddings = tuple(os.path.relpath(e, folder) if Path(e).exists() else e for e in settings.embeddings)
     settings.lora = [(os.path.relpath(name, folder) if Path(name).exists() else name, w) for name, w in settings.lora]
     for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):

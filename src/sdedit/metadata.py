@@ -41,13 +41,18 @@ _KEYS = {
     "weighting": "Prompt weighting",
     "image": "Init image",
     "image_hash": "Init image hash",
+    "mask": "Mask",
+    "mask_hash": "Mask hash",
+    "strength_map": "Strength map",
+    "strength_map_hash": "Strength map hash",
+    "feather": "Mask feather",
     "scheduler": "Scheduler",
     "dtype": "Precision",
     "backend": "Backend",
     "version": "Version",
 }
 # Those that are written only if they differ from these.
-_USUAL = {"extra_noise": 0, "repeats": 1, "backend": "torch"}
+_USUAL = {"extra_noise": 0, "repeats": 1, "feather": 4, "backend": "torch"}
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Settings:
     Attributes:
         image: The input image's path; in a file, relative to the folder of that file.
         image_hash: First 16 hex digits of the SHA-256 of the input image's file.
+        mask, strength_map: Likewise, and their hashes; `feather` is in pixels of the picture.
         size: (width, height) in pixels of the picture, to which the input image is brought.
         framed: The drawing was brought to the middle of a sheet that it fills, before the size.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
@@ -69,6 +75,11 @@ class Settings:
     prompt: str
     image: str | None = None
     image_hash: str | None = None
+    mask: str | None = None
+    mask_hash: str | None = None
+    strength_map: str | None = None
+    strength_map_hash: str | None = None
+    feather: int = 4
     negative: str = ""
     steps: int = 30
     sampler: str | None = None

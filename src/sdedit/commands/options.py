@@ -40,6 +40,11 @@ Lora = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Same seed, same picture; drawn and printed if not given.")]
 Count = Annotated[int, typer.Option(help="Pictures to make, with the seeds SEED, SEED+1, …")]
 Repeats = Annotated[int, typer.Option(help="Noise and denoise so often: more realistic, slower.")]
+Mask = Annotated[Path | None, typer.Option(help="Where IMAGE may change: white changes, black stays to the bit.")]
+Feather = Annotated[int, typer.Option(help="Pixels over which the change fades in from the mask's edges, inwards.")]
+StrengthMap = Annotated[
+    Path | None, typer.Option(help="The strength of each pixel, black 0 to white 1; --strength is then the most, 1.")
+]
 ExactSteps = Annotated[
     bool, typer.Option("--exact-steps", help="Run all of --steps, whatever the strength, which is then continuous.")
 ]

@@ -34,6 +34,9 @@ def run(
     exact_steps: o.ExactSteps = False,
     extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
     repeats: o.Repeats = 1,
+    mask: o.Mask = None,
+    feather: o.Feather = 4,
+    strength_map: o.StrengthMap = None,
     weighting: o.Weighting = False,
     embedding: o.Embedding = None,
     max_megapixels: o.MaxMegapixels = 100,
@@ -52,19 +55,23 @@ def run(
         guidance=suited.guidance if guidance is None else guidance,
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         model=model,
-        strength=suited.strength if strength is None else strength,
+        strength=strength if strength is not None else 1.0 if strength_map else suited.strength,
         scheduler=scheduler,
         lora=[with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
         exact_steps=exact_steps,
         extra_noise=extra_noise,
         repeats=repeats,
+        mask=None if mask is None else str(mask),
+        feather=feather,
+        strength_map=None if strength_map is None else str(strength_map),
         weighting=weighting,
         backend=backend,
         embeddings=tuple(embedding or ()),
     )
     guide = open_guide(image, max_megapixels)
     settings.image_hash = hash_file(image)
+    settings.mask_hash, settings.strength_map_hash = (None if f is None else hash_file(f) for f in (mask, strength_map))
     draw(settings, guide, output, count=count, device=device, size=size)
 
 
@@ -89,6 +96,11 @@ def again(
     if settings.image_hash not in (None, hash_file(image)):
         say(f"warning: {image} is not the file that {picture} was made from (its hash differs)")
     settings.image, settings.image_hash = str(image), hash_file(image)
+    for name in ("mask", "strength_map"):
+        if (kept := getattr(settings, name)) is not None:
+            setattr(settings, name, str(path := beside(picture, kept)))
+            if path.is_file() and getattr(settings, f"{name}_hash") not in (None, hash_file(path)):
+                say(f"warning: {path} is not the file that {picture} was made with (its hash differs)")
     if model is None and settings.model != "default" and beside(picture, settings.model).exists():
         model = str(beside(picture, settings.model))
     settings.model = model or settings.model

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (teaches NumPy, and so safetensors, what bfloat16 is)
 import numpy as np
+from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
-from flax import serialization, traverse_util
 from sdedit.files import refuse_lfs_pointer, write_atomically
 from sdedit.loading.folders import weights_in
 from sdedit.loading.headers import read_header

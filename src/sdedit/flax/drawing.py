@@ -12,7 +12,14 @@ from sdedit.metadata import Settings, sampler_label
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_NOT_HERE = {"exact_steps": False, "extra_noise": 0.0, "repeats": 1, "weighting": False}
+_NOT_HERE = {
+    "exact_steps": False,
+    "extra_noise": 0.0,
+    "repeats": 1,
+    "weighting": False,
+    "mask": None,
+    "strength_map": None,
+}
 
 
 def ready(settings: Settings) -> tuple[Any, Any]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from flax import struct
+
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, resolve_plan
 from sdedit.schedulers.plan import Plan

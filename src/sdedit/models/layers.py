@@ -38,10 +38,10 @@ def channels_last(network: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):  # strips are laid out as they are made
         return x
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for weight in (layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)):
-            if weight.is_contiguous(memory_format=torch.channels_last):
-                break
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        weights = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        if not weights[0].is_contiguous(memory_format=torch.channels_last):
+            for weight in weights:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last)
 
 
