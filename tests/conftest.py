@@ -67,7 +67,12 @@ SCHEDULE = dict(
 
 
 def make_folder(
-    folder: Path, *, unet: dict[str, Any] | None = None, prediction_type: str = "epsilon", tiny_vae: bool = False
+    folder: Path,
+    *,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    prediction_type: str = "epsilon",
+    tiny_vae: bool = False,
 ) -> Path:
     """A model folder that diffusers itself wrote."""
     import diffusers
@@ -89,9 +94,9 @@ def make_folder(
             pad_token_id=tokenizer.eos_token_id,
         )
     )
-    vae = diffusers.AutoencoderTiny() if tiny_vae else diffusers.AutoencoderKL(**VAE)
+    autoencoder = diffusers.AutoencoderTiny() if tiny_vae else diffusers.AutoencoderKL(**{**VAE, **(vae or {})})
     pipe = diffusers.StableDiffusionImg2ImgPipeline(
-        vae=vae,
+        vae=autoencoder,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(**{**UNET, **(unet or {})}),

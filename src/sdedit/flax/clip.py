@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-
 from flax import linen as nn
+
 from sdedit.flax import convert
 from sdedit.flax.layers import Array, DType, activation, attention
 from sdedit.flax.model import FlaxModel

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from flax import linen as nn
 
 Array = jax.Array

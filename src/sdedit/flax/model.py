@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-
 from flax import linen as nn
+
 from sdedit.config import Config, config_text
 from sdedit.files import read_json, write_atomically
 from sdedit.flax import convert

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax.numpy as jnp
-
 from flax import linen as nn
+
 from sdedit.config import Config
 from sdedit.flax import convert
 from sdedit.flax.clip import CLIPVision, Size

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-
 from flax import linen as nn
 from flax import struct
+
 from sdedit.flax.layers import (
     Array,
     Downsample2D,

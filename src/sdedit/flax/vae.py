@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from flax import linen as nn
 from flax import struct
+
 from sdedit.flax import convert
 from sdedit.flax.layers import Array, Attention, Downsample2D, DType, ResnetBlock2D, Upsample2D, conv, group_norm
 from sdedit.flax.model import FlaxModel
