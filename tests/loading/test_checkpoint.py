@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sdedit.loading import checkpoint
 from sdedit.loading.checkpoint import fill, read_weights, save_weights
 from sdedit.loading.layout import choose_weights, clip_name, vae_name, weight_files
 
@@ -184,3 +185,29 @@ def test_saved_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Pat
     (tmp_path / "other").touch()
     save_weights({"a": torch.zeros(2)}, tmp_path, "weights", None)
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"{i}.weight": torch.randn(8, 8) for i in range(7)} | {"7.weight": torch.randn(8, 8).bfloat16()}
+    save_file(state, tmp_path / "w.safetensors")
+    seen: list[int] = []
+    plain = checkpoint.read_weights
+
+    def spy(path: Path, names: Any, header: Any) -> Any:
+        seen.append(len(names))
+        return plain(path, names, header)
+
+    monkeypatch.setattr(checkpoint, "read_weights", spy)
+    monkeypatch.setattr(checkpoint, "_PORTION", 3 * 8 * 8 * 4)
+    with checkpoint.blank():
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(8)))
+    checkpoint.fill(model, [tmp_path / "w.safetensors"], dtype=torch.bfloat16)
+    assert seen == [1, 3, 3, 1]
+    assert all(torch.equal(t, state[name].bfloat16()) for name, t in model.state_dict().items())
+
+
+def test_blank_networks_have_no_values_and_those_outside_do() -> None:
+    with checkpoint.blank():
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Embedding(3, 3), torch.nn.GroupNorm(1, 3))
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.nn.Linear(3, 3).weight.std() > 0

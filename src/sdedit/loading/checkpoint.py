@@ -19,6 +19,9 @@ from sdedit.loading.headers import Header, TensorInfo, read_header
 from sdedit.loading.layout import Expected, forget_shards
 from sdedit.loading.pickles import StoredTensor
 
+# Bytes that are read at once of tensors that are to be cast.
+_PORTION = 64 << 20
+
 
 def read_weights(path: Path, names: Collection[str] | None = None, header: Header | None = None) -> dict[str, Tensor]:
     """Map the tensors of a safetensors file, or of a pickle read with `weights_only=True`, into memory.
@@ -95,46 +98,72 @@ def fill(
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
-    wanted = fits(model, files, rename)[1]
+    _, wanted, headers = fits(model, files, rename)
     tensors: dict[str, Tensor] = {}
     for file, names in wanted.items():
-        tensors |= {names[name]: tensor for name, tensor in read_weights(file, names).items()}
+        for portion in _portions(names, headers[file], dtype):
+            read = read_weights(file, portion, headers[file])
+            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in read.items()}
     put(model, tensors, dtype)
+
+
+def _portions(names: Collection[str], header: Header, dtype: torch.dtype | None) -> list[list[str]]:
+    """Names of tensors that are read together: all that stay mapped as they are, and a few at a time of those to cast.
+
+    What was read of a file stays in memory until the file is closed.
+    """
+    portions: list[list[str]] = [[]]
+    size = 0
+    for name in (name for name in header.tensors if name in names):
+        info = header.tensors[name]
+        as_stored = dtype is None or str(dtype).removeprefix("torch.") == info.dtype.name
+        if header.kind != "safetensors" or as_stored or not info.dtype.is_floating_point:
+            portions[0].append(name)
+            continue
+        if size == 0 or size + info.nbytes > _PORTION:
+            portions.append([])
+            size = 0
+        portions[-1].append(name)
+        size += info.nbytes
+    return [portion for portion in portions if portion]
 
 
 def fits(
     model: nn.Module, files: Sequence[Path], rename: Callable[[str, Expected], str | None]
-) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:
+) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]], dict[Path, Header]]:
     """Compare the headers of `files` with a network, as `fill` does before it reads.
 
     Returns:
-        What was found, by the network's names; and for each file, its names to those of the network.
+        What was found, by the network's names; for each file, its names to those of the network; and its header.
     """
     expected = model.state_dict()
     found: dict[str, TensorInfo] = {}
     wanted: dict[Path, dict[str, str]] = {}
-    for file in files:
-        for name, info in read_header(file).tensors.items():
+    headers = {file: read_header(file) for file in files}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
             if (ours := rename(name, expected)) is not None:
                 found[ours] = info
                 wanted.setdefault(file, {})[name] = ours
     compare(model, found, files)
-    return found, wanted
+    return found, wanted, headers
 
 
 def put(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Make tensors that `compare` found fitting the parameters of `model`, in `dtype`, or as stored if `None`."""
-    cast = {}
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() % tensor.element_size():  # mapped from a file whose header has an odd length
-            tensor = tensor.clone()
-        cast[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    cast = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     model.load_state_dict(cast, strict=True, assign=True)
     for name, buffer in model.named_buffers():
         # Buffers that no checkpoint holds; CLIP has one of them.
         if buffer.is_meta and name.endswith("position_ids"):
             owner = model.get_submodule(name.rpartition(".")[0])
             owner.register_buffer("position_ids", torch.arange(buffer.shape[-1])[None], persistent=False)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if tensor.data_ptr() % tensor.element_size():  # mapped from a file whose header has an odd length
+        tensor = tensor.clone()
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection[Path]) -> None:
