@@ -115,7 +115,7 @@ def main() -> None:
     sheet = examples(inputs, args.work / f"{own}, {args.count}", (0.2, 0.4, 0.6, 0.8, 1.0), 5)
     sheet.save(ROOT / "docs" / "curve-examples.png")
     unet, pipe.unet = pipe.unet, ExactDenoiser(pipe, inputs.pictures)
-    exact = "an exact denoiser of these pictures in the UNet's place"
+    exact = "exact denoiser"
     curves[exact] = run(exact, STRENGTHS, num_inference_steps=args.steps)
     pipe.unet = unet
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_large")

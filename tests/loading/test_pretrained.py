@@ -89,8 +89,12 @@ SHARDS = [
 
 @pytest.mark.parametrize(("variant", "index", "pattern"), SHARDS)
 def test_shards(copy: Path, drawn: Any, variant: str | None, index: str, pattern: str) -> None:
+    whole = load(copy).unet.state_dict()
     shard(copy / UNET_FILE, index, [pattern % 1, pattern % 2])
-    np.testing.assert_array_equal(draw(load(copy, variant=variant)), drawn)
+    pipe = load(copy, variant=variant)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in pipe.unet.state_dict().items())
+    # Mapped weights lie at whatever address their file has them, and products of unaligned ones round otherwise.
+    np.testing.assert_allclose(draw(pipe), drawn, atol=1e-5)
     (copy / "unet" / (pattern % 2)).unlink()
     with pytest.raises(FileNotFoundError, match=r"00002-of-00002.* is missing"):
         load(copy, variant=variant)
