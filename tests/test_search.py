@@ -94,12 +94,15 @@ def test_a_chooser_leads_and_ends_it() -> None:
 @pytest.mark.parametrize(("measure", "repeats"), [("l2", 1), ("ssim", 2)])
 def test_on_real_networks_the_result_is_what_the_call_draws(pipe: Any, measure: str, repeats: int) -> None:
     guide, common = picture(), {"num_inference_steps": 3, "guidance_scale": 2.0, "repeats": repeats}
-    floor = FAITHFULNESS[measure](pipe("a", guide, strength=0, **common).images[0], guide)
-    ceiling = FAITHFULNESS[measure](pipe("a", guide, strength=1.0, **common).images[0], guide)
-    generator = torch.Generator().manual_seed(3)
-    found = pipe.search(
-        guide, "a", (floor + ceiling) / 2, measure=measure, tolerance=0.05, generator=generator, **common
+    floor, ceiling = (
+        FAITHFULNESS[measure](
+            pipe("a", guide, strength=s, generator=torch.Generator().manual_seed(3), **common).images[0], guide
+        )
+        for s in (0, 1)
     )
+    generator = torch.Generator().manual_seed(3)
+    bound = min((floor + ceiling) / 2, floor - 0.01)  # random networks may be no less faithful at strength 1
+    found = pipe.search(guide, "a", bound, measure=measure, tolerance=0.05, generator=generator, **common)
     again = pipe("a", guide, strength=found.strength, exact_steps=True, generator=generator, **common).images[0]
     assert np.abs(np.asarray(again).astype(int) - np.asarray(found.image)).max() <= 1
     rounds = (len(found.drawn.strengths) - 1) // 4
