@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -252,6 +252,7 @@ PLACE = st.tuples(st.sampled_from([TO_K, CONV, "nowhere"]), st.sampled_from(ROLE
 @given(
     st.dictionaries(PLACE, TENSOR, max_size=8), st.dictionaries(st.sampled_from(OTHERS), TENSOR), st.text(max_size=20)
 )
+@example({(TO_K, "diff"): torch.zeros(())}, {}, "")
 def test_damaged_files_end_in_a_report(shapes, parts, others, text):
     state = others | {f"lora_unet_{module.replace('.', '_')}.{role}": t for (module, role), t in parts.items()}
     parsed = parse(state, shapes, metadata={"lora_adapter_metadata": text})

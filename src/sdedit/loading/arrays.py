@@ -54,7 +54,7 @@ def wide(value: Array) -> Array:
 
 def flat(value: Array) -> Array:
     """(n, …) as a matrix (n, m)."""
-    return value.reshape(len(value), -1)
+    return value.reshape(value.shape[0], -1)
 
 
 def identity(count: int, like: Array) -> Array:
