@@ -77,7 +77,7 @@ def turn_on(model, option: str) -> None:
     elif option == "slicing":
         model.enable_slicing()
     elif option.startswith("tiling"):
-        model.enable_tiling(max_bytes=48 << 20 if "256" in option else None)
+        model.enable_tiling(max_bytes=256 << 20 if "256" in option else None)
     elif option == "sequential offload":
         from sdedit.offload import Layers
 

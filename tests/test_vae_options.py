@@ -16,6 +16,7 @@ from conftest import VAE, picture
 from sdedit import AutoencoderKL, AutoencoderTiny
 from sdedit.models import strips, vae_options
 from sdedit.models.attention_options import by_queries
+from sdedit.models.layers import ResnetBlock2D
 
 PLENTY = 1 << 40
 
@@ -87,6 +88,42 @@ def test_no_convolution_sees_more_than_a_strip(cls: Any, monkeypatch: pytest.Mon
     model.enable_tiling()
     seen = sizes_of_convolutions(monkeypatch, lambda: (model.decode(z), model.encode(pixels)))
     assert max(seen) < whole / 5 and len(seen) > 100
+
+
+def test_every_convolution_sees_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a compiled convolution for each shape; a new one for every strip made the process grow without end."""
+    model, z = vae(), torch.randn(1, 4, 16, 4)
+    shapes: dict[Any, set[Any]] = {}
+    plain = F.conv2d
+
+    def spy(x: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor):
+            shapes.setdefault(weight.data_ptr(), set()).add(x.shape)
+        return plain(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    model.enable_tiling()
+    model.decode(z)
+    assert len(shapes) == sum(isinstance(layer, nn.Conv2d) for layer in model.decoder.modules()) + 1
+    assert max(map(len, shapes.values())) == 1  # the heights here are multiples of a strip's: else 2, one for the last
+
+
+@pytest.mark.parametrize("channels", [16, 32])  # with and without a convolution in the shortcut
+def test_a_residual_block_makes_no_row_twice(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two branches read the same map at different places; the one behind finds its rows still there."""
+    entry, block = nn.Conv2d(4, 16, 1), ResnetBlock2D(16, channels, groups=4, eps=1e-6, act_fn="silu")
+    made, plain = 0, F.conv2d
+
+    def spy(x: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        if isinstance(x, Tensor) and weight is entry.weight:
+            made += x.shape[2]
+        return plain(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    x = torch.randn(1, 4, 96, 8)
+    strips.run(lambda x: block(entry(x)), x, strips.Budget(0))
+    assert made == 3 * 96  # once for each norm's statistics, once for the result
 
 
 class Kept(strips.Budget):

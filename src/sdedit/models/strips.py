@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of a strip, of which a dozen are in use at once: little beside the maps that are kept, and enough for
-# convolutions to be efficient.
+# Bytes and rows of a strip: little beside the maps that are kept (every layer since the last one that is kept has a
+# strip or two), and enough for convolutions to be efficient.
 _STRIP = 4 << 20
+_STRIPS_IN_BUDGET = 64
+_ROWS = 8
+_BEHIND = 4
 
 Make = Callable[[int, int], Tensor]  # first row, row after the last → (B, C, rows, W)
 
@@ -56,16 +59,18 @@ class Strips:
         cheap: A norm's output: an activation reads it, once, so its rows need not be kept for the next reading.
         is_sum: Is it the sum of two maps?
         replaces: A map of the same shape that nobody reads once this one is kept: the input of a residual block.
+        readers: How many maps are made from it: the input of a residual block has two.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, budget: Budget, make: Make) -> None:
         self.shape, self.dtype, self.budget = torch.Size(shape), dtype, budget
         self._make = make
-        self._last: tuple[int, int, Tensor] | None = None
+        self._last: tuple[int, Tensor] | None = None  # first row, and the rows from there that the last reading made
         self.tensor: Tensor | None = None
         self.cheap = False
         self.is_sum = False
         self.replaces: Strips | None = None
+        self.readers = 0
 
     def like(self, make: Make, shape: Sequence[int] | None = None) -> Strips:
         """Another map, of the same budget and, if none is given, of the same shape."""
@@ -76,24 +81,39 @@ class Strips:
         """Bytes of the whole."""
         return self.shape.numel() * self.dtype.itemsize
 
+    @property
+    def step(self) -> int:
+        """Rows of a strip: all have as many, but for the last."""
+        size = min(_STRIP, self.budget.size // _STRIPS_IN_BUDGET)
+        count = -(-self.shape[2] // max(size * self.shape[2] // self.nbytes, _ROWS))
+        return -(-self.shape[2] // count)
+
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows (B, C, bottom - top, W)."""
+        """Rows (B, C, bottom - top, W).
+
+        Whole strips are made: oneDNN keeps a compiled convolution, and memory for it, for each shape it has seen.
+        """
         if self.tensor is not None:
             return self.tensor[:, :, top:bottom]
-        parts = []
-        start = top
-        if self._last is not None and self._last[0] <= top < self._last[1]:  # the last reading made some of them
-            first, start, rows = self._last
-            parts.append(rows[:, :, top - first : bottom - first])
-        if start < bottom:
-            parts.append(self._make(start, bottom))
+        step, height = self.step, self.shape[2]
+        parts, first = [], top // step * step
+        end = first
+        if self._last is not None and self._last[0] <= top <= self._last[0] + self._last[1].shape[2]:
+            first, rows = self._last
+            end = first + rows.shape[2]
+            # What another reader has still to read: it may be a few strips behind.
+            unread = max(first, top if self.readers < 2 else top - _BEHIND * step)
+            parts, first = [rows[:, :, unread - first :]], unread
+        while end < bottom:
+            parts.append(self._make(end, min(end + step, height)))
+            end = min(end + step, height)
         made = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        self._last = (top, bottom, made)
-        return made
+        self._last = (first, made)
+        return made[:, :, top - first : bottom - first]
 
     def sweep(self, keep: bool) -> Iterator[Tensor]:
         """All rows, from the top, a strip at a time; if asked, the whole is kept when they have been read."""
-        step = max(_STRIP * self.shape[2] // self.nbytes, 8)
+        step = self.step
         whole = self._place() if keep else None
         waiting: tuple[int, Tensor] | None = None
         for top in range(0, self.shape[2], step):
@@ -146,6 +166,9 @@ class Strips:
     ) -> Any:
         kwargs = kwargs or {}
         if func in _FUNCTIONS and (made := _FUNCTIONS[func](func, *args, **kwargs)) is not NotImplemented:
+            for source in args:
+                if isinstance(source, Strips):
+                    source.readers += 1
             return made
 
         def whole(value: Any) -> Any:
@@ -168,16 +191,16 @@ class Strips:
         return getattr(self.whole(), name)
 
     def __add__(self, other: Any) -> Any:
-        return _pointwise(torch.add, self, other)
+        return torch.add(self, other)  # type: ignore[call-overload]
 
     def __sub__(self, other: Any) -> Any:
-        return _pointwise(torch.sub, self, other)
+        return torch.sub(self, other)  # type: ignore[call-overload]
 
     def __mul__(self, other: Any) -> Any:
-        return _pointwise(torch.mul, self, other)
+        return torch.mul(self, other)  # type: ignore[call-overload]
 
     def __truediv__(self, other: Any) -> Any:
-        return _pointwise(torch.div, self, other)
+        return torch.div(self, other)  # type: ignore[call-overload]
 
 
 def run(network: Callable[[Any], Any], x: Tensor, budget: Budget) -> Tensor:
@@ -204,8 +227,7 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
                 return value._make(top, bottom) if value.cheap and value.tensor is None else value.read(top, bottom)
             return value[:, :, top:bottom] if isinstance(value, Tensor) and value.ndim else value
 
-        # The last first: in a residual block it needs more rows of the input, which the first then finds made.
-        return func(*[rows(a) for a in reversed(args)][::-1], **kwargs)  # type: ignore[no-any-return]
+        return func(*[rows(a) for a in args], **kwargs)  # type: ignore[no-any-return]
 
     made = source.like(make)
     made.is_sum = func is torch.add and len(maps) == 2
