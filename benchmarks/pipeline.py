@@ -9,7 +9,7 @@ docs/performance.png from that of the CPU and measures nothing.
 
 Parts: `unet` (one step with guidance), `vae`, `call` (10 steps at strength 0.8), `turbo` (that call at each level),
 `compiled` (the step, both sides compiled: sdedit by `pipe.compile()`, diffusers by torch.compile, on the CPU frozen, on
-a GPU with CUDA graphs), `xformers` (the step, where it is installed). `--small` tries the script out.
+a GPU with CUDA graphs), `xformers` and `openvino` (the step, where they are installed). `--small` tries the script out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 import sdedit
 from sdedit.schedulers import make_scheduler
 
-PARTS = ("unet", "vae", "call", "turbo", "compiled", "xformers")
+PARTS = ("unet", "vae", "call", "turbo", "compiled", "xformers", "openvino")
 RESULTS = Path(__file__).parent / "results"
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 VAE = {
@@ -81,7 +81,7 @@ class Pair:
 
     def their_step(self, unet: Any = None) -> Tensor:
         """A guided step's prediction, (2·batch, 4, h, w)."""
-        return (unet or self.theirs.unet)(torch.cat([self.latents] * 2), self.time, self.texts).sample
+        return (self.theirs.unet if unet is None else unet)(torch.cat([self.latents] * 2), self.time, self.texts).sample
 
     def our_step(self) -> Tensor:
         """The same by sdedit, which is told that both halves are the same."""
@@ -198,6 +198,36 @@ def xformers(pair: Pair, rounds: int) -> dict[str, Any]:
     except (ImportError, ValueError) as reason:
         return {"not run": str(reason)}
     return in_turn(pair, rounds, diffusers=pair.their_step, sdedit=pair.our_step)
+
+
+def openvino(pair: Pair, rounds: int) -> dict[str, Any]:
+    """The step by OpenVINO in bfloat16, made from diffusers' UNet, beside sdedit as `pipe.compile()` leaves it."""
+    try:
+        from openvino import Core, convert_model
+    except ImportError as reason:
+        return {"not run": str(reason)}
+
+    class Step(torch.nn.Module):
+        def __init__(self, unet: Any) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, latents: Tensor, time: Tensor, texts: Tensor) -> Tensor:
+            return self.unet(latents, time, texts, return_dict=False)[0]
+
+    given = (torch.cat([pair.latents] * 2).float(), pair.time, pair.texts.float())
+    began = time.perf_counter()
+    with torch.no_grad():
+        graph = convert_model(Step(pair.theirs.unet.float()), example_input=given)
+    pair.theirs.unet.to(pair.dtype)
+    graph.reshape({i: list(value.shape) for i, value in enumerate(given)})
+    model = Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"})
+    made = time.perf_counter() - began
+    inputs = [value.numpy() for value in given]
+    pair.ours.compile()
+    found = in_turn(pair, rounds, openvino=lambda: model(inputs), sdedit=pair.our_step)
+    difference = error(torch.from_numpy(model(inputs)[0]), pair.our_step())
+    return found | {"difference": difference, "seconds to convert": made}
 
 
 def plot() -> None:

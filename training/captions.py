@@ -43,7 +43,7 @@ def caption(item: Item, rng: np.random.Generator) -> str:
             name = f"{main} {name}"
         else:
             words += item.colours[: rng.integers(1, len(item.colours) + 1)]
-    if rng.random() < 0.75:
+    if rng.random() < 0.85:
         words.append(item.style)
     if item.tags and rng.random() < 0.25:
         words += list(rng.permutation(item.tags)[: rng.integers(1, 4)])

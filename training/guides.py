@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (35, 32, 38)
 PALETTES = (Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE)
-KINDS = ("picture", "strokes", "doodle", "doodle")  # of each placement, in the order of `guided`
+KINDS = ("picture", "strokes", "doodle", "doodle", "blank")  # of each placement, in the order of `guided`
 
 
 def place(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
@@ -146,20 +146,24 @@ def doodle(sheet: Image.Image, below: Image.Image, rng: np.random.Generator) -> 
 
 
 def guided(sheet: Image.Image, colour: Colour, rng: np.random.Generator) -> list[Image.Image]:
-    """The placed picture on its colour, and a guide of each kind to it, in the order of KINDS."""
+    """The placed picture on its colour, and a guide of each kind to it, in the order of KINDS.
+
+    The last is the empty sheet: what words alone start from at strength 1.
+    """
     true = on(sheet, colour)
-    return [true, strokes(true, rng), *(doodle(sheet, ground(colour, rng), rng) for _ in range(2))]
+    doodles = [doodle(sheet, ground(colour, rng), rng) for _ in range(2)]
+    return [true, strokes(true, rng), *doodles, Image.new("RGB", sheet.size, colour)]
 
 
 def main() -> None:
     pictures, items = load()
     rng = np.random.default_rng(1)
     rows = training_rows(items)
-    out = Image.new("RGB", (12 * SIZE, 8 * SIZE))
+    out = Image.new("RGB", (3 * len(KINDS) * SIZE, 8 * SIZE))
     for n in range(24):
         images = guided(place(pictures[rng.choice(rows)], rng), background(rng), rng)
         for m, image in enumerate(images):
-            out.paste(image, (((n % 3) * 4 + m) * SIZE, n // 3 * SIZE))
+            out.paste(image, (((n % 3) * len(KINDS) + m) * SIZE, n // 3 * SIZE))
     out.save(Path(sys.argv[1]))
 
 

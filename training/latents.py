@@ -1,9 +1,9 @@
-"""Encode the listed pictures, placed about the sheet, and guides made from them, once for the UNet to learn from.
+"""Encode the listed pictures, as they are and placed about the sheet, and guides made from them, for the UNet.
 
     python training/latents.py
 
-writes `latents.npy` (pictures, placements, 4, 8, 16, 16), float16, where the 4 are the picture and guides to it, in the
-order of guides.KINDS; `latents.json` with the row of each picture in items.json; and, if the encoder was trained here,
+writes `latents.npy` (pictures, placements, kinds, 8, 16, 16), float16, where the kinds are the picture and guides to it,
+those of guides.KINDS, and placement 0 is the picture as it is, on white; `latents.json` with the row of each picture in items.json; and, if the encoder was trained here,
 `centre.json`, what centres its latents.
 """
 
@@ -16,11 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from captions import training_rows
 from data import load, on_ground
-from guides import KINDS, background, guided, place
+from guides import KINDS, WHITE, background, guided, place
 from loop import read_state
 from model import averaged, new_vae
 from paths import read_json, work_folder, write_json
@@ -74,14 +75,14 @@ def placements(row: int, count: int) -> np.ndarray:
     for n in range(count):
         same = np.random.default_rng([zlib.crc32(item.code.encode()), n])
         own = np.random.default_rng([zlib.crc32(f"{item.code} {item.style}".encode()), n])
-        sheet, colour = place(pictures[row], same), background(same)
+        sheet, colour = (place(pictures[row], same), background(same)) if n else (Image.fromarray(pictures[row]), WHITE)
         images += [np.asarray(image) for image in guided(sheet, colour, own)]
     return np.stack(images)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--placements", type=int, default=6, help="of each picture")
+    parser.add_argument("--placements", type=int, default=5, help="of each picture")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that make guides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

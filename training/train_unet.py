@@ -28,12 +28,16 @@ from sdedit.finetune.stopping import Stop
 from sdedit.sheets import contact_sheet
 from words import LENGTH
 
-SNR_CAP = 5.0
 LATENT_SCALE = float(VAE["scaling_factor"])
-STARRED_WEIGHT = 6.0  # how much oftener a thing with a star is drawn
-GUIDED = (250, 950)  # noise levels at which a sample may start from a guide
-GUIDE_SHARE = 0.45  # of the samples at those levels
-OTHER_STYLE = 0.15  # of those: start from the same thing in another style instead
+STARRED_WEIGHT = 3.0  # how much oftener a thing with a star is drawn
+CENTRED_SHARE = 0.35  # of the samples: the picture as it is, not placed somewhere else
+NOISY_TIMES = 0.5  # the power that turns even noise levels into ones with more noise, where words decide
+GUIDE_SHARE = 0.6  # of the samples: the sampler that they stand for began with a guide
+FIRST_STEP = 0.4  # of those: it takes its first step, at the noise level where it began
+# Guides, each with the least noise level at which a sampler may begin with it and still be led to the true picture,
+# and how often it is one there: another style takes some noise to become this one. An empty sheet takes most, and makes
+# the words count: of everything else, even so much noise leaves something of the picture to go by.
+BEGINNINGS = {"strokes": (300, 1.0), "doodle": (300, 2.0), "other style": (500, 2.0), "blank": (800, 3.0)}
 SHEET = {  # doodle -> words
     "apple": "red apple, 3d",
     "face": "face",
@@ -51,13 +55,12 @@ SHEET = {  # doodle -> words
 
 
 def objective() -> Objective:
-    """v, with the error counted as one of the picture times min(SNR, 5)."""
-    noise = DDIMScheduler(**SCHEDULER)
-    return Objective(noise.alphas_cumprod.float(), "v_prediction", SNR_CAP, power=LATENT_SCALE**2)
+    """v, every noise level alike: at the noisy ones, which count little by their signal, words are learned."""
+    return Objective.of(DDIMScheduler(**SCHEDULER))
 
 
 class Loss:
-    """The objective's loss, which remembers the unweighted errors for the log."""
+    """The objective's loss, which remembers the errors for the log."""
 
     def __init__(self) -> None:
         self.objective = objective()
@@ -65,7 +68,7 @@ class Loss:
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, ids: Tensor, target: Tensor) -> Tensor:
         errors = self.objective.loss(model(noisy, times, ids), target, times)
-        self.seen.append((times, (errors / self.objective.weights(times)).detach()))
+        self.seen.append((times, errors.detach()))
         return errors.mean()
 
     def by_level(self) -> str:
@@ -92,29 +95,38 @@ class Samples:
         for n, item in enumerate(items):
             self.same.setdefault(item.code, []).append(n)
         self.objective = objective()
+        kept = self.objective.alphas_cumprod.numpy()
+        self.noise_to_signal = np.sqrt((1 - kept) / kept)
 
     def scaled(self, row: int, placement: int, kind: int) -> np.ndarray:
         return LATENT_SCALE * self.latents[row, placement, kind].astype(np.float32)
 
     def start(self, row: int, placement: int, time: int, rng: np.random.Generator) -> np.ndarray:
-        """The latents that get the noise: the picture's own, or (part of the way to) those of a guide to it."""
+        """The latents that get the noise: the picture's own, or (part of the way to) those of a guide to it.
+
+        A sampler that began with a guide at time s and knows the true picture treats what was wrong with the guide as
+        noise. By DDIM's step, at time t as much of it is left as σ(t)/α(t) is of σ(s)/α(s).
+        """
         true = self.scaled(row, placement, 0)
-        if not (GUIDED[0] <= time < GUIDED[1] and rng.random() < GUIDE_SHARE):
+        if rng.random() >= GUIDE_SHARE:
             return true
-        if rng.random() < OTHER_STYLE:
-            if time < 500:
-                return true
+        began = time if rng.random() < FIRST_STEP else int(rng.integers(time, len(self.noise_to_signal)))
+        shares = np.array([share * (began >= least) for least, share in BEGINNINGS.values()])
+        if not shares.any():
+            return true
+        kind = str(rng.choice(list(BEGINNINGS), p=shares / shares.sum()))
+        if kind == "other style":
             guide = self.scaled(int(rng.choice(self.same[self.items[row].code])), placement, 0)
         else:
-            guide = self.scaled(row, placement, int(rng.integers(1, len(KINDS))))
-        # While a sampler goes down, what was wrong with the guide fades with the noise: hence all parts of the way.
-        return true + (guide - true) * (1.0 if rng.random() < 0.5 else np.float32(rng.random()))
+            guide = self.scaled(row, placement, int(rng.choice([n for n, name in enumerate(KINDS) if name == kind])))
+        return true + (guide - true) * (self.noise_to_signal[time] / self.noise_to_signal[began])
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rng, generator = fresh_rng(2, step)
         rows = rng.choice(len(self.items), self.size, p=self.chance)
-        placements = rng.integers(0, self.latents.shape[1], self.size)
-        times = spread_times(rng, self.size, SCHEDULER["num_train_timesteps"])
+        placements = rng.integers(0, self.latents.shape[1], self.size) * (rng.random(self.size) >= CENTRED_SHARE)
+        total = len(self.noise_to_signal)
+        times = ((spread_times(rng, self.size, total) / total) ** NOISY_TIMES * total).astype(np.int64)
         starts = [self.start(r, p, t, rng) for r, p, t in zip(rows, placements, times, strict=True)]
         clean = torch.from_numpy(np.stack([self.scaled(r, p, 0) for r, p in zip(rows, placements, strict=True)]))
         ids = token_ids(self.words, [caption(self.items[row], rng) for row in rows])

@@ -22,7 +22,7 @@ def test_a_guide_of_each_kind(disc: np.ndarray, seed: int) -> None:
     true = np.asarray(images[0], np.float32)
     for kind, image in zip(KINDS[1:], images[1:], strict=True):
         difference = np.abs(np.asarray(image, np.float32) - true).mean()
-        assert 0 < difference < 90, kind  # it is drawn otherwise, and it is still the same place and thing
+        assert 0 < difference < 110, kind  # it is drawn otherwise, and it is still the same place and thing
 
 
 def test_placed_pictures_are_of_all_sizes_and_anywhere(disc: np.ndarray) -> None:
