@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import sdedit
+from sdedit.models.unet import one_run
 from sdedit.schedulers import make_scheduler
 
 PARTS = ("unet", "vae", "call", "turbo", "compiled", "xformers", "openvino")
@@ -84,7 +85,7 @@ class Pair:
         return (self.theirs.unet if unet is None else unet)(torch.cat([self.latents] * 2), self.time, self.texts).sample
 
     def our_step(self) -> Tensor:
-        """The same by sdedit, which is told that both halves are the same."""
+        """The same by sdedit, which is told that both halves are the same; a step of a run, see `in_turn`."""
         return self.ours.unet(self.latents, self.time, self.texts).sample
 
     def call(self, pipe: Any) -> Tensor:
@@ -110,13 +111,14 @@ def seconds(device: str, run: Callable[[], Any]) -> float:
 
 
 def in_turn(pair: Pair, rounds: int, warm: int = 1, **runs: Callable[[], Any]) -> dict[str, Any]:
-    """Medians of each, and their ratios to the first."""
+    """Medians of each, and their ratios to the first; all UNet steps belong to one run, as in a call of the pipeline."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(warm + rounds):
-        for name, run in runs.items():
-            taken = seconds(pair.device, run)
-            if i >= warm:
-                times[name].append(taken)
+    with one_run(pair.ours.unet):
+        for i in range(warm + rounds):
+            for name, run in runs.items():
+                taken = seconds(pair.device, run)
+                if i >= warm:
+                    times[name].append(taken)
     found: dict[str, Any] = {name: statistics.median(t) for name, t in times.items()}
     first = next(iter(runs))
     return found | {"ratio": {n: found[n] / found[first] for n in runs if n != first}, "all": times}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdedit.models.packing import PackedConv2d
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
@@ -153,8 +155,8 @@ class Upsample2D(nn.Module):
 
 def _bare(layer: nn.Module) -> bool:
     """Is it a convolution and nothing else: no adapter around it, no hook that waits for its call?"""
-    own = getattr(layer.forward, "__func__", None) is nn.Conv2d.forward
-    return type(layer) is nn.Conv2d and own and not (layer._forward_pre_hooks or layer._forward_hooks)
+    plain = type(layer) in (nn.Conv2d, PackedConv2d) and "forward" not in vars(layer)
+    return plain and not (layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:

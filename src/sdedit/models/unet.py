@@ -26,6 +26,7 @@ from sdedit.models.layers import (
     timestep_embedding,
 )
 from sdedit.models.model import Model
+from sdedit.models.packing import forget, packing
 from sdedit.output import Output
 
 
@@ -336,17 +337,27 @@ class UNet2DConditionModel(Model):
         return context
 
 
+class Kept(list["Context"]):
+    """What the steps of a run share: contexts, and with them packed weights."""
+
+    def clear(self) -> None:
+        """Make all of it anew."""
+        super().clear()
+        forget()
+
+
 @contextmanager
 def one_run(unet: Any) -> Iterator[list[Context]]:
     """The steps of one run: a UNet that is given the very same text again has its keys and values, and its images.
 
     What it keeps is in the list; clear that when weights or images change. Reuse of deep features begins anew.
     """
-    kept: list[Context] = []
+    kept: list[Context] = Kept()
     unet.kept = kept
     reuse: DeepReuse | None = getattr(unet, "reuse", None)
     try:
-        yield kept
+        with packing(unet):
+            yield kept
     finally:
         unet.kept = None
         if reuse is not None:
