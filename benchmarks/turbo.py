@@ -7,6 +7,7 @@ A drawing at strength 0.65, with three seeds; CPU time on one thread; PSNR and r
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -48,8 +49,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for steps in (25, 50):
         exact, whole = draw(pipe, image, steps)
-        for level in (1, 2, 3):
-            pipe.enable_turbo(level)
+        for level, guidance in itertools.product((1, 2, 3), (1.0, 0.7, 0.4)):
+            pipe.enable_turbo(level, guidance)
             near, taken = draw(pipe, image, steps)
             pipe.disable_turbo()
             difference = near - exact
@@ -59,8 +60,9 @@ def main() -> None:
                 "lowest psnr": float(psnr.min()),
                 "l2": float(np.linalg.norm(difference) / np.linalg.norm(exact)),
             }
-            results[f"{steps} steps, level {level}"] = found
-            print(f"{steps} steps, level {level}", {k: round(v, 4) for k, v in found.items()}, flush=True)
+            name = f"{steps} steps, level {level}" + (f", {guidance} of them guided" if guidance < 1 else "")
+            results[name] = found
+            print(name, {k: round(v, 4) for k, v in found.items()}, flush=True)
     (ROOT / "benchmarks" / "results" / "turbo.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -119,6 +119,34 @@ def test_turbo_is_near_and_leaves_no_trace(pipe: Any) -> None:
         pipe.enable_turbo(4)
 
 
+def test_guidance_may_end_early(pipe: Any) -> None:
+    sizes: list[int] = []
+    hook = pipe.unet.mid_block.register_forward_hook(lambda *_: sizes.append(len(_[2])))
+
+    def end_by_hand(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step != 2:
+            return {}
+        pipe._guidance_scale = 0.0  # as users of diffusers do it
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    by_hand = draw(pipe, 6, repeats=2, callback_on_step_end=end_by_hand, **inputs)
+    exact, plain = draw(pipe, 6, repeats=2), draw(pipe, 6, repeats=2, guidance_scale=1.0)
+    sizes.clear()
+    pipe.enable_turbo(1, guidance=0.5)
+    pipe.unet.reuse = None  # only the guidance
+    assert np.array_equal(draw(pipe, 6, repeats=2), by_hand)
+    assert sizes == [2, 2, 2, 1, 1, 1] * 2
+    pipe.enable_turbo(1, guidance=0.0)
+    pipe.unet.reuse = None
+    assert np.array_equal(draw(pipe, 6, repeats=2), plain)
+    with pytest.raises(ValueError, match="guidance=1.5"):
+        pipe.enable_turbo(1, guidance=1.5)
+    pipe.disable_turbo()
+    hook.remove()
+    assert np.array_equal(draw(pipe, 6, repeats=2), exact)
+
+
 def test_turbo_calls_the_deep_layers_less_often(pipe: Any) -> None:
     calls: list[int] = []
     hook = pipe.unet.mid_block.register_forward_hook(lambda *_: calls.append(1))

@@ -269,13 +269,15 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         scale = [scale[i] for i in order] if isinstance(scale, list) else scale
 
         def denoise(dtype: torch.dtype) -> Tensor:
-            self._guidance_scale = scale  # a callback may have changed it
+            self._guidance_scale = scale  # it may have been changed on the way
             if dtype != own:
                 run.restart()
             cast = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
             return self._loop(run, cast, unet_arguments, callback)
 
+        asked = self._guidance_scale
         denoised = finite("UNet", self.unet, denoise, run.generator)
+        self._guidance_scale = asked  # of the next repeat
         return denoised[torch.tensor(order).argsort()]
 
     def _loop(
@@ -294,6 +296,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 # Pictures with steps of their own may have none left; those that have some come first.
                 count, latents = run.active(i), tensors["latents"]
                 sample, t = run.model_input(i, latents[:count])
+                self._end_guidance(i / len(run), tensors)
                 embeds = runs.first(tensors["prompt_embeds"], count, len(latents))
                 guided = self.do_classifier_free_guidance
                 if guided and not getattr(self.unet, "repeats_sample", False):
