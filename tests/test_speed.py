@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import UNET, VAE, make_folder
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from sdedit.models.attention import in_blocks
+from sdedit.models.attention import BasicTransformerBlock, Context, in_blocks, merged
 from sdedit.models.deep_reuse import DeepReuse
 from sdedit.models.layers import Upsample2D
 from sdedit.models.unet import one_run
@@ -117,6 +117,42 @@ def test_turbo_is_near_and_leaves_no_trace(pipe: Any) -> None:
     assert np.array_equal(draw(pipe), exact)
     with pytest.raises(ValueError, match="level=4; expected one of 1, 2, 3"):
         pipe.enable_turbo(4)
+
+
+def test_merged_tokens_are_means_of_neighbours() -> None:
+    x = torch.randn(2, 3, 5, 7)
+    means = merged(x.flatten(2).transpose(1, 2), 7, 2).transpose(1, 2).unflatten(2, (3, 4))
+    torch.testing.assert_close(means[:, :, :2, :3], x[:, :, :4, :6].unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5)))
+    torch.testing.assert_close(means[:, :, 2, 3], x[:, :, 4, 6])  # a corner that has no neighbours
+
+
+def test_merging_what_is_alike_changes_nothing(unet: UNet2DConditionModel) -> None:
+    block = next(m for m in unet.modules() if isinstance(m, BasicTransformerBlock))
+    cells = torch.randn(1, 32, 3, 4)
+    alike = cells.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).transpose(1, 2)
+    text = block.attended(Context(torch.randn(1, 7, 32)))[1]
+    with torch.no_grad():
+        exact = block(alike, None, text, 8)
+        block.merge = 2
+        torch.testing.assert_close(block(alike, None, text, 8), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_token_merging_is_at_the_finest_level_and_can_be_undone(pipe: Any) -> None:
+    exact = draw(pipe, 4)
+    pipe.enable_token_merging()
+    merging = [name for name, m in pipe.unet.named_modules() if isinstance(m, BasicTransformerBlock) and m.merge == 2]
+    assert {name.split(".attentions")[0] for name in merging} == {"down_blocks.0", "up_blocks.1"}
+    near = draw(pipe, 4)
+    with pytest.raises(ValueError, match="disable_token_merging"):
+        pipe.fuse_qkv_projections(vae=False)
+    pipe.disable_token_merging()
+    assert 0 < np.abs(near - exact).max() < 0.2 and np.array_equal(draw(pipe, 4), exact)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        pipe.enable_token_merging()
+    pipe.unfuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match="factor=0"):
+        pipe.enable_token_merging(0)
 
 
 def test_guidance_may_end_early(pipe: Any) -> None:

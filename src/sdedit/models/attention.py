@@ -236,19 +236,32 @@ class BasicTransformerBlock(nn.Module):
         self.attn2 = Attention(dim, heads, context_dim=context_dim, dropout=dropout, upcast_attention=upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
+        self.merge = 1  # self-attention sees means of so many by so many pixels
 
     def attended(self, context: Context) -> tuple[list[Attended] | None, list[Attended]]:
         """What the two attentions attend to; `None` is the input itself."""
         return context.of(self.attn1) if self.only_cross_attention else None, context.of(self.attn2)
 
-    def forward(self, x: Tensor, first: Sequence[Attended] | None, text: Sequence[Attended]) -> Tensor:
-        """x (B, N, dim) and what `attended` gave of a context of B or k·B texts → (B or k·B, N, dim)."""
+    def forward(self, x: Tensor, first: Sequence[Attended] | None, text: Sequence[Attended], width: int) -> Tensor:
+        """x (B, N, dim), rows of `width`, and what `attended` gave of B or k·B texts → (B or k·B, N, dim)."""
         if first is not None:
             x = spread(x, len(text[0][0]))
-        x = x + self.attn1(self.norm1(x), first)
+        normed = self.norm1(x)
+        if first is None and self.merge > 1:
+            first = self.attn1.attended(Context(merged(normed, width, self.merge)))
+        x = x + self.attn1(normed, first)
         x = spread(x, len(text[0][0]))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
+
+
+def merged(tokens: Tensor, width: int, factor: int) -> Tensor:
+    """Means of `factor` × `factor` pixels of a map whose pixels are tokens (B, H·width, C), fewer at odd edges.
+
+    Neighbours are much alike, so attention finds nearly the same in their means (Smith et al. 2024, arXiv 2402.13573).
+    """
+    x = tokens.unflatten(1, (-1, width)).permute(0, 3, 1, 2)
+    return F.avg_pool2d(x, factor, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
 class Transformer2DModel(nn.Module):
@@ -298,7 +311,7 @@ class Transformer2DModel(nn.Module):
         if self.use_linear_projection:
             tokens = self.proj_in(tokens)
         for block in cast("Iterable[BasicTransformerBlock]", self.transformer_blocks):
-            tokens = block(tokens, *block.attended(context))
+            tokens = block(tokens, *block.attended(context), W)
         if self.use_linear_projection:
             tokens = self.proj_out(tokens)
         h = tokens.transpose(1, 2).unflatten(2, (H, W))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdedit.models.adapters import layers
-from sdedit.models.attention import Attention
+from sdedit.models.attention import Attention, BasicTransformerBlock
 from sdedit.offload import refuse
 
 # Bytes of the scores that `by_queries` lets a plain softmax make at once.
@@ -144,7 +144,7 @@ class AttentionOptions(nn.Module):
         The weights are the same, and are saved under the same names. Attention to the text stays as it is.
 
         Raises:
-            ValueError: Adapters are loaded, which belong to the single projections.
+            ValueError: Adapters are loaded, which belong to the single projections, or tokens are merged.
         """
         refuse("fuse_qkv_projections", self)
         if layers(self):
@@ -152,6 +152,8 @@ class AttentionOptions(nn.Module):
                 "fuse_qkv_projections: adapters are loaded into the projections; unload them first (fuse_lora() and "
                 "unload_lora_weights() keeps what they do)"
             )
+        if any(isinstance(layer, BasicTransformerBlock) and layer.merge > 1 for layer in self.modules()):
+            raise ValueError("fuse_qkv_projections: tokens are merged; call disable_token_merging() first")
         for layer in self.modules():
             if isinstance(layer, Attention) and layer.to_qkv is None and not layer.has_context:
                 layer.to_qkv = FusedProjections([layer.to_q, layer.to_k, layer.to_v])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.adapters import scaled_call
-from sdedit.models.attention import Context, Transformer2DModel
+from sdedit.models.attention import BasicTransformerBlock, Context, Transformer2DModel
+from sdedit.models.attention_options import FusedProjections
 from sdedit.models.deep_reuse import DeepReuse
 from sdedit.models.freeu import FreeU
 from sdedit.models.kinds import known_block, per_block, refuse_other_kinds
@@ -215,6 +216,20 @@ class UNet2DConditionModel(Model):
         refuse_other_kinds(made.config)
         return made
 
+    def merge_tokens(self, factor: int) -> None:
+        """Set how much self-attention merges at the finest level that has attention; 1: nothing.
+
+        Raises:
+            ValueError: Queries, keys and values are fused.
+        """
+        if factor > 1 and any(isinstance(layer, FusedProjections) for layer in self.modules()):
+            raise ValueError("token merging: queries, keys and values are fused; call unfuse_qkv_projections() first")
+        finest = next((i for i, block in enumerate(self.down_blocks) if block.has_attention), None)
+        for level in [] if finest is None else [self.down_blocks[finest], self.up_blocks[-1 - finest]]:
+            for layer in level.modules():
+                if isinstance(layer, BasicTransformerBlock):
+                    layer.merge = factor
+
     @scaled_call
     def forward(
         self,
@@ -337,7 +352,7 @@ class UNet2DConditionModel(Model):
         return context
 
 
-class Kept(list["Context"]):
+class Kept(list[Context]):
     """What the steps of a run share: contexts, and with them packed weights."""
 
     def clear(self) -> None:
