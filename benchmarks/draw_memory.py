@@ -16,7 +16,7 @@ def main() -> None:
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(results) + 1), layout="constrained")
     colours = ["#999999" if r["option"] == "plain" else "#2a6fbb" for r in results]
     bars = axis.barh(labels, [r["grows_mb"] for r in results], color=colours)
-    axis.bar_label(bars, [f"{r['grows_mb']:.0f} MB, {r['seconds']:.1f} s" for r in results], padding=3)
+    axis.bar_label(bars, [f"{r['grows_mb']:.0f} MB, {r['cpu_seconds']:.0f} CPU s" for r in results], padding=3)
     axis.invert_yaxis()
     axis.set_xlabel("memory above that of the loaded networks, MB")
     axis.margins(x=0.25)

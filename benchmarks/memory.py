@@ -1,8 +1,8 @@
 """The most memory that each option of `sdedit.memory` needs, each in its own process, at Stable Diffusion 1.5's size.
 
 Weights are random, in bfloat16 and channels_last. What is measured is how far the process's memory grows above that of
-the loaded networks, and the time, while the VAE decodes or the UNet predicts; and the error against the plain way. Run
-from the root of the repository:
+the loaded networks, and the CPU time, while the VAE decodes or the UNet predicts; and the error against the plain way.
+Run from the root of the repository:
 
     python benchmarks/memory.py
 
@@ -97,9 +97,9 @@ def child(what: str, side: int, option: str, out: str) -> None:
     with torch.no_grad():
         run(latents[:1, :, :16, :16])  # libraries set themselves up
         Path("/proc/self/clear_refs").write_text("5")  # the highest peak begins here
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start = memory("VmRSS"), time.process_time()
         result = run(latents)
-    figures = {"grows_mb": (memory("VmHWM") - before) / 1e6, "seconds": time.perf_counter() - start}
+    figures = {"grows_mb": (memory("VmHWM") - before) / 1e6, "cpu_seconds": time.process_time() - start}
     torch.save(result, out)
     print(json.dumps({**figures, "networks_mb": sum(p.numel() * 2 for p in model.parameters()) / 1e6}))
 
@@ -125,7 +125,7 @@ def main() -> None:
             figures["psnr_db"] = None if option == "plain" else float(10 * torch.log10(signal / error.clamp(min=1e-12)))
             results.append({"what": what, "side": side, "option": option, **figures})
             print(
-                f"{what:9} {side:5} {option:20} {figures['grows_mb']:7.0f} MB {figures['seconds']:7.1f} s",
+                f"{what:9} {side:5} {option:20} {figures['grows_mb']:7.0f} MB {figures['cpu_seconds']:7.1f} s",
                 figures["psnr_db"],
             )
     packages = {name: version(name) for name in ("torch", "accelerate")}

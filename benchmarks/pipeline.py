@@ -111,7 +111,7 @@ def seconds(device: str, run: Callable[[], Any]) -> float:
 
 
 def in_turn(pair: Pair, rounds: int, warm: int = 1, **runs: Callable[[], Any]) -> dict[str, Any]:
-    """Medians of each, and their ratios to the first; all UNet steps belong to one run, as in a call of the pipeline."""
+    """Medians of each, and their ratios to the first. UNet steps belong to one run, as in a call of the pipeline."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     with one_run(pair.ours.unet):
         for i in range(warm + rounds):

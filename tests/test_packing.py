@@ -35,7 +35,9 @@ def run(network: nn.Module, *inputs: Tensor) -> Tensor:
     size=st.tuples(st.integers(1, 2), st.integers(3, 9), st.integers(3, 9)),
 )
 @settings(max_examples=30, deadline=None)
-def test_convolutions_are_the_same(channels: Any, kernel: int, stride: int, groups: bool, bias: bool, size: Any) -> None:
+def test_convolutions_are_the_same(
+    channels: Any, kernel: int, stride: int, groups: bool, bias: bool, size: Any
+) -> None:
     inside, outside = channels
     count = inside if groups and outside % inside == 0 else 1
     layer = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, groups=count, bias=bias).bfloat16()

@@ -122,7 +122,9 @@ def test_turbo_is_near_and_leaves_no_trace(pipe: Any) -> None:
 def test_merged_tokens_are_means_of_neighbours() -> None:
     x = torch.randn(2, 3, 5, 7)
     means = merged(x.flatten(2).transpose(1, 2), 7, 2).transpose(1, 2).unflatten(2, (3, 4))
-    torch.testing.assert_close(means[:, :, :2, :3], x[:, :, :4, :6].unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5)))
+    torch.testing.assert_close(
+        means[:, :, :2, :3], x[:, :, :4, :6].unflatten(3, (3, 2)).unflatten(2, (2, 2)).mean((3, 5))
+    )
     torch.testing.assert_close(means[:, :, 2, 3], x[:, :, 4, 6])  # a corner that has no neighbours
 
 
@@ -176,7 +178,7 @@ def test_guidance_may_end_early(pipe: Any) -> None:
     pipe.enable_turbo(1, guidance=0.0)
     pipe.unet.reuse = None
     assert np.array_equal(draw(pipe, 6, repeats=2), plain)
-    with pytest.raises(ValueError, match="guidance=1.5"):
+    with pytest.raises(ValueError, match=r"guidance=1\.5"):
         pipe.enable_turbo(1, guidance=1.5)
     pipe.disable_turbo()
     hook.remove()

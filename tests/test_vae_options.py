@@ -91,7 +91,7 @@ def test_no_convolution_sees_more_than_a_strip(cls: Any, monkeypatch: pytest.Mon
 
 
 def test_every_convolution_sees_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN keeps a compiled convolution for each shape; a new one for every strip made the process grow without end."""
+    """oneDNN keeps a compiled convolution for each shape; new ones for every strip made the process grow and grow."""
     model, z = vae(), torch.randn(1, 4, 16, 4)
     shapes: dict[Any, set[Any]] = {}
     plain = F.conv2d

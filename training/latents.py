@@ -2,9 +2,9 @@
 
     python training/latents.py
 
-writes `latents.npy` (pictures, placements, kinds, 8, 16, 16), float16, where the kinds are the picture and guides to it,
-those of guides.KINDS, and placement 0 is the picture as it is, on white; `latents.json` with the row of each picture in items.json; and, if the encoder was trained here,
-`centre.json`, what centres its latents.
+writes `latents.npy` (pictures, placements, kinds, 8, 16, 16), float16, where the kinds are those of guides.KINDS and
+placement 0 is the picture as it is, on white; `latents.json` with the row of each picture in items.json; and, if the
+encoder was trained here, `centre.json`, what centres its latents.
 """
 
 import argparse

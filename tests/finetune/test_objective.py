@@ -54,13 +54,6 @@ def test_an_error_of_x0_weighs_the_same_whatever_is_predicted():
         torch.testing.assert_close(loss, expected, rtol=2e-3, atol=1e-6)
 
 
-def test_power_counts_in_the_ratio():
-    objective = both("sample", 5.0)[0]
-    louder = Objective(objective.alphas_cumprod, "sample", 5.0, power=4.0)
-    snr = (objective.alphas_cumprod / (1 - objective.alphas_cumprod))[TIMES]
-    torch.testing.assert_close(louder.weights(TIMES), (4 * snr).clamp(max=5.0))
-
-
 def test_other_predictions_are_refused():
     class Odd:
         config = {"prediction_type": "flow"}  # noqa: RUF012

@@ -25,13 +25,11 @@ class Objective:
         prediction: "epsilon" for ε, "v_prediction" for v = α ε - σ x0 (arXiv 2202.00512), "sample" for x0.
         min_snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556): the error, seen as one of x0, weighs
             min(SNR, γ), so that the easy, little noisy times do not rule. `None` weighs all times alike.
-        power: Mean square of x0, by which SNR is multiplied before it is compared with γ.
     """
 
     alphas_cumprod: Tensor
     prediction: str
     min_snr_gamma: float | None = None
-    power: float = 1.0
 
     @classmethod
     def of(cls, scheduler: Any, min_snr_gamma: float | None = None) -> Objective:
@@ -70,7 +68,7 @@ class Objective:
             return torch.ones(times.shape, device=times.device)
         alpha, sigma = (level.flatten() for level in self.levels(times))
         # An error of x0 is one of ε times σ/α, and one of v times σ.
-        capped = torch.minimum(self.power * alpha.square() / sigma.square(), torch.tensor(self.min_snr_gamma))
+        capped = torch.clamp(alpha.square() / sigma.square(), max=self.min_snr_gamma)
         if self.prediction == "sample":
             return capped
         return capped * sigma.square() / (alpha.square() if self.prediction == "epsilon" else 1.0)
