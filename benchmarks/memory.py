@@ -33,6 +33,8 @@ CASES = (
     ("decode", 1024, "plain"),
     ("decode", 1024, "tiling"),
     ("decode", 1024, "tiling, 256 MiB"),
+    ("encode", 1024, "plain"),
+    ("encode", 1024, "tiling"),
     ("unet", 512, "plain"),
     ("unet", 512, "attention slicing"),
     ("unet", 512, "fused projections"),
@@ -91,7 +93,11 @@ def child(what: str, side: int, option: str, out: str) -> None:
     latents = torch.randn(4 if what.endswith("4") else 1, 4, side // 8, side // 8, dtype=torch.bfloat16)
     text = torch.randn(1, 77, 768, dtype=torch.bfloat16)
 
+    pixels = torch.rand(1, 3, side, side, dtype=torch.bfloat16)
+
     def run(x):
+        if what == "encode":
+            return model.encode(pixels[..., : 8 * x.shape[2], : 8 * x.shape[3]]).latent_dist.mean
         return model(x, 500, text).sample if what == "unet" else model.decode(x).sample
 
     with torch.no_grad():
@@ -121,7 +127,7 @@ def main() -> None:
             figures, result = json.loads(printed.splitlines()[-1]), torch.load(out).float()
             expected = plain.setdefault((what, side), result)
             error = (result - expected).square().mean()
-            signal = expected.square().mean() if what == "unet" else torch.tensor(4.0)  # pixels span 2
+            signal = torch.tensor(4.0) if what.startswith("decode") else expected.square().mean()  # pixels span 2
             figures["psnr_db"] = None if option == "plain" else float(10 * torch.log10(signal / error.clamp(min=1e-12)))
             results.append({"what": what, "side": side, "option": option, **figures})
             print(
