@@ -62,7 +62,7 @@ def test_strips_give_what_the_whole_gives(make: Any, height: int, width: int, ba
     pixels = torch.randn(batch, 3, factor * height, factor * width)
     for network, x in ((model.decoder, z), (model.encoder, pixels)):
         made = strips.run(network, x, strips.Budget(size, reserve=20_000))
-        torch.testing.assert_close(made, network(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made, network(x), rtol=1e-3, atol=5e-4)
 
 
 def sizes_of_convolutions(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[int]:

@@ -155,8 +155,9 @@ class Upsample2D(nn.Module):
 
 def _bare(layer: nn.Module) -> bool:
     """Is it a convolution and nothing else: no adapter around it, no hook that waits for its call?"""
-    plain = type(layer) in (nn.Conv2d, PackedConv2d) and "forward" not in vars(layer)
-    return plain and not (layer._forward_pre_hooks or layer._forward_hooks)
+    own = getattr(layer.forward, "__func__", None) in (nn.Conv2d.forward, PackedConv2d.forward)
+    plain = type(layer) in (nn.Conv2d, PackedConv2d)
+    return plain and own and not (layer._forward_pre_hooks or layer._forward_hooks)
 
 
 def _convolve_doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:

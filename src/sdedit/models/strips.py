@@ -65,7 +65,7 @@ class Strips:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, budget: Budget, make: Make) -> None:
         self.shape, self.dtype, self.budget = torch.Size(shape), dtype, budget
         self._make = make
-        self._last: tuple[int, Tensor] | None = None  # first row, and the rows from there that the last reading made
+        self._made: list[tuple[int, Tensor]] = []  # strips that may be read again, each with its first row
         self.tensor: Tensor | None = None
         self.cheap = False
         self.is_sum = False
@@ -95,21 +95,21 @@ class Strips:
         """
         if self.tensor is not None:
             return self.tensor[:, :, top:bottom]
+        if top == bottom:  # beside a map that is padded
+            return self.read(top - 1, top)[:, :, :0]
         step, height = self.step, self.shape[2]
-        parts, first = [], top // step * step
-        end = first
-        if self._last is not None and self._last[0] <= top <= self._last[0] + self._last[1].shape[2]:
-            first, rows = self._last
-            end = first + rows.shape[2]
-            # What another reader has still to read: it may be a few strips behind.
-            unread = max(first, top if self.readers < 2 else top - _BEHIND * step)
-            parts, first = [rows[:, :, unread - first :]], unread
+        if not self._made or not self._made[0][0] <= top <= _end(self._made[-1]):
+            self._made = []
+        end = _end(self._made[-1]) if self._made else top // step * step
         while end < bottom:
-            parts.append(self._make(end, min(end + step, height)))
-            end = min(end + step, height)
-        made = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        self._last = (first, made)
-        return made[:, :, top - first : bottom - first]
+            self._made.append((end, self._make(end, min(end + step, height))))
+            end = _end(self._made[-1])
+        # What another reader has still to read: it may be a few strips behind.
+        unread = top if self.readers < 2 else top - _BEHIND * step
+        self._made = [strip for strip in self._made if _end(strip) > unread]
+        wanted = [strip for strip in self._made if strip[0] < bottom and _end(strip) > top]
+        parts = [rows[:, :, max(top - first, 0) : bottom - first] for first, rows in wanted]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def sweep(self, keep: bool) -> Iterator[Tensor]:
         """All rows, from the top, a strip at a time; if asked, the whole is kept when they have been read."""
@@ -139,7 +139,7 @@ class Strips:
         if self.replaces is not None and self.replaces.tensor is whole:
             self.replaces.tensor = None
             self.replaces._make = _replaced
-        self.tensor, self.replaces, self._make, self._last = whole, None, _replaced, None
+        self.tensor, self.replaces, self._make, self._made = whole, None, _replaced, []
         self.budget.count(self)
 
     def settle(self) -> None:
@@ -197,16 +197,21 @@ class Strips:
         return torch.sub(self, other)  # type: ignore[call-overload]
 
     def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[call-overload]
+        return torch.mul(self, other)  # type: ignore[arg-type]
 
     def __truediv__(self, other: Any) -> Any:
-        return torch.div(self, other)  # type: ignore[call-overload]
+        return torch.div(self, other)  # type: ignore[arg-type]
 
 
 def run(network: Callable[[Any], Any], x: Tensor, budget: Budget) -> Tensor:
     """`network(x)` for x (B, C, H, W), a strip at a time."""
     made = network(Strips(x.shape, x.dtype, budget, lambda top, bottom: x[:, :, top:bottom]))
     return made.whole() if isinstance(made, Strips) else made
+
+
+def _end(strip: tuple[int, Tensor]) -> int:
+    """The row after the last of a strip."""
+    return strip[0] + strip[1].shape[2]
 
 
 def _replaced(top: int, bottom: int) -> Tensor:
