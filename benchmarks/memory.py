@@ -113,14 +113,17 @@ def child(what: str, side: int, option: str, out: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", nargs=4)
+    parser.add_argument("--only", help='measure one network again, such as "encode"; the other results stay')
     arguments = parser.parse_args()
     if arguments.child:
         what, side, option, out = arguments.child
         child(what, int(side), option, out)
         return
-    results, plain = [], {}
+    cases = [case for case in CASES if arguments.only in (None, case[0])]
+    kept = json.loads(RESULTS.read_text())["results"] if arguments.only else []
+    results, plain = [found for found in kept if found["what"] != arguments.only], {}
     with tempfile.TemporaryDirectory() as folder:
-        for what, side, option in CASES:
+        for what, side, option in cases:
             out = Path(folder) / "out.pt"
             command = [sys.executable, __file__, "--child", what, str(side), option, str(out)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -175,6 +175,8 @@ def test_guidance_may_end_early(pipe: Any) -> None:
     pipe.unet.reuse = None  # only the guidance
     assert np.array_equal(draw(pipe, 6, repeats=2), by_hand)
     assert sizes == [2, 2, 2, 1, 1, 1] * 2
+    pipe.enable_turbo(1, guidance=0.5)
+    assert 0 < np.abs(draw(pipe, 6, repeats=2) - exact).max() < 0.5  # together with the reuse, which begins anew
     pipe.enable_turbo(1, guidance=0.0)
     pipe.unet.reuse = None
     assert np.array_equal(draw(pipe, 6, repeats=2), plain)
@@ -207,10 +209,10 @@ def test_turbo_on_a_batch_that_shrinks(pipe: Any) -> None:
 
 
 def test_reuse_follows_the_line_through_the_last_two() -> None:
-    reuse, x = DeepReuse(every=4), torch.zeros(1, 1)
+    reuse = DeepReuse(every=4)
     seen = []
     for call in range(9):
-        deep = reuse.recall(x)
+        deep = reuse.recall(1)
         reuse.keep(torch.full((1, 1), 3.0 * call) if deep is None else deep)
         seen.append(None if deep is None else deep.item())
     assert seen == [None, None, 6.0, 9.0, None, 15.0, 18.0, 21.0, None]

@@ -61,6 +61,12 @@ def test_steps_change_the_networks_and_the_export_loads(tmp_path: Path) -> None:
         (name,) = (name for name in WEIGHTS if name.parts[0] == part)
         before, after = load_file(EXPORT / name), load_file(tmp_path / "model" / name)
         assert any(not torch.equal(before[key], after[key]) for key in before)
+    export(tmp_path / "between", start_share=0.25)
+    (name,) = (name for name in WEIGHTS if name.parts[0] == "unet")
+    before, after, between = (load_file(root / name) for root in (EXPORT, tmp_path / "model", tmp_path / "between"))
+    for key, weight in between.items():
+        expected = 0.75 * after[key].float() + 0.25 * before[key].float()
+        torch.testing.assert_close(weight.float(), expected, rtol=2e-3, atol=1e-5)
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(tmp_path / "model")
     trained = dict(pipe.unet.named_parameters())["conv_in.weight"]
     assert torch.allclose(trained, moved["unet.conv_in.weight"], atol=1e-3)

@@ -27,11 +27,11 @@ class DeepReuse:
         self._kept: list[tuple[int, Tensor]] = []  # the last two, with the number of their call
         self._batch = 0
 
-    def recall(self, x: Tensor) -> Tensor | None:
-        """The deep features for this call, whose first features are x; `None` if the call is to be whole."""
-        if len(x) != self._batch:  # the batch has shrunk, or a new one begins
+    def recall(self, batch: int) -> Tensor | None:
+        """The deep features for this call with so many texts; `None` if the call is to be whole."""
+        if batch != self._batch:  # pictures are done, guidance has ended, or a new batch begins
             self.forget()
-            self._batch = len(x)
+            self._batch = batch
         self._call += 1
         if self._call % self.every == 0 or len(self._kept) < 2:
             return None

@@ -270,7 +270,7 @@ class UNet2DConditionModel(Model):
         context = self._context(encoder_hidden_states, added_cond_kwargs or {})
 
         x = self.conv_in(channels_last(self, sample))
-        deep = None if self.reuse is None else self.reuse.recall(x)
+        deep = None if self.reuse is None else self.reuse.recall(len(encoder_hidden_states))
         around = None if self.reuse is None or deep is None else self.reuse.layers
         skips = self._down(x, temb, context, around)
         if deep is None:
