@@ -29,7 +29,7 @@ def sheet(size: tuple[int, int], at: tuple[int, int], colour: str = "white", mod
 def test_where_and_on_how_large_a_sheet_makes_no_difference(left: int, top: int, right: int, bottom: int) -> None:
     want = framed(sheet((116, 76), (8, 8)))
     got = framed(sheet((left + 100 + right, top + 60 + bottom), (left, top)))
-    assert abs(got.width - want.width) <= 4  # of a sheet looked at in a smaller size, the edge is less sure
+    assert abs(got.width - want.width) <= 8  # a sheet of 700 is looked at in a smaller size: each edge is less sure
     assert got.width == got.height
     red, blue, green = np.asarray(got.resize((128, 128)), float).mean((0, 1)) - np.asarray(
         want.resize((128, 128)), float
