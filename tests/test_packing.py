@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -96,6 +98,20 @@ def test_weights_that_change_within_a_run_are_packed_anew(unet: UNet2DConditionM
         another = unet(*GIVEN).sample
     assert torch.equal(another, unet(*GIVEN).sample)
     assert all(not torch.equal(a, b) for a, b in ((before, in_place), (in_place, by_data), (by_data, another)))
+
+
+@torch.no_grad()
+def test_weights_that_are_replaced_stay_until_the_run_ends() -> None:
+    """Else others could come to lie at their address, and be taken for them."""
+    layer, x = nn.Linear(64, 64).bfloat16(), torch.eye(64).bfloat16()
+    before = weakref.ref(layer.weight)
+    with packing.packing(layer):
+        layer(x)
+        layer.weight = nn.Parameter(torch.ones(64, 64).bfloat16())
+        gc.collect()
+        assert before() is not None
+    gc.collect()
+    assert before() is None
 
 
 def test_what_does_not_suit_stays_as_it_is() -> None:

@@ -186,14 +186,19 @@ def test_a_budget_that_is_none_is_refused(pipe: Any, max_bytes: Any) -> None:
 
 def test_small_pictures_and_large_budgets_need_no_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = vae(), torch.randn(1, 4, 4, 4)
-    monkeypatch.setattr(strips, "run", lambda *args: pytest.fail("strips"))
+    in_strips: list[Any] = []
+    monkeypatch.setattr(strips, "run", lambda network, x, budget: (in_strips.append(x.shape), network(x))[1])
     model.enable_tiling(max_bytes=PLENTY)
     model.decode(z)
     monkeypatch.setattr(vae_options, "_SMALL", 32 * 32)
     model.enable_tiling()
     model.decode(z), model.encode(torch.randn(1, 3, 32, 32))
+    assert not in_strips
+    model.decode(torch.randn(1, 4, 8, 8))
+    assert in_strips == [(1, 4, 8, 8)]
     model.disable_tiling()
     model.decode(torch.randn(1, 4, 8, 8))
+    assert len(in_strips) == 1
 
 
 def test_a_batch_is_coded_a_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

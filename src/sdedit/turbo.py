@@ -34,12 +34,9 @@ class Turbo:
         level = checks.whole_number("level", level, 1)
         if level not in LEVELS:
             raise ValueError(f"level={level}; expected one of {', '.join(map(str, LEVELS))}")
-        if not hasattr(self.unet, "reuse"):
-            raise ValueError(
-                f"enable_turbo: unet is {type(self.unet).__name__}; expected sdedit's UNet2DConditionModel"
-            )
-        self._guided = checks.number("guidance", guidance, 0, 1)
-        self.unet.reuse = DeepReuse(LEVELS[level])
+        guided = checks.number("guidance", guidance, 0, 1)
+        self._own_unet("enable_turbo").reuse = DeepReuse(LEVELS[level])
+        self._guided = guided
 
     def enable_token_merging(self, factor: int = 2) -> None:
         """Let self-attention at the UNet's finest level see means of `factor` × `factor` pixels (arXiv 2402.13573).
@@ -51,19 +48,21 @@ class Turbo:
             ValueError: `factor` is below 1, the UNet is not one of sdedit's, or its projections are fused.
         """
         factor = checks.whole_number("factor", factor, 1)
-        if not hasattr(self.unet, "merge_tokens"):
-            raise ValueError(
-                f"enable_token_merging: unet is {type(self.unet).__name__}; expected sdedit's UNet2DConditionModel"
-            )
-        self.unet.merge_tokens(factor)
+        self._own_unet("enable_token_merging").merge_tokens(factor)
 
     def disable_token_merging(self) -> None:
         """Let every pixel see all pixels again."""
-        self.unet.merge_tokens(1)
+        self._own_unet("disable_token_merging").merge_tokens(1)
 
     def disable_turbo(self) -> None:
         """Compute every UNet call whole again."""
         self.unet.reuse, self._guided = None, 1.0
+
+    def _own_unet(self, asked: str) -> Any:
+        """The UNet, if it is one that can do what is asked."""
+        if not hasattr(self.unet, "merge_tokens"):
+            raise ValueError(f"{asked}: unet is {type(self.unet).__name__}; expected sdedit's UNet2DConditionModel")
+        return self.unet
 
     def _end_guidance(self, done: float, tensors: dict[str, Any]) -> None:
         """Go on by the prompt alone, if that much of the run is as much as is guided."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# By the address of the plain weights: their version, and the packed ones.
-_packed: dict[int, tuple[int, Tensor]] = {}
+# By the address of the plain weights: these, so that no others come to lie there, their version, and the packed ones.
+_packed: dict[int, tuple[Tensor, int, Tensor]] = {}
 
 
 class PackedConv2d(nn.Conv2d):
@@ -72,9 +72,9 @@ def _of(weight: Tensor, pack: Callable[[], Tensor]) -> Tensor:
     """The packed form of these weights, made when it is first asked for."""
     address, version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
     known = _packed.get(address)
-    if known is None or known[0] != version:
-        known = _packed[address] = version, pack()
-    return known[1]
+    if known is None or known[1] != version:
+        known = _packed[address] = weight, version, pack()
+    return known[2]
 
 
 # Operators of their own, so that torch.compile calls them as they are and blocks that are alike share what it made.
