@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from conftest import picture
 from sdedit import EulerDiscreteScheduler
 from sdedit.metadata import Settings, read_settings, sampler_label, save_picture, scheduler_from_label
+from sdedit.pixels import open_image
 
 # A prompt that is only blank, or begins like the next line of the format, cannot be told apart in it.
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=60).map(str.strip)
@@ -110,3 +113,16 @@ def test_labels_go_both_ways() -> None:
     assert sampler_label(EulerDiscreteScheduler(use_karras_sigmas=True)) == ("Euler", "Karras")
     with pytest.raises(ValueError, match="is not known"):
         scheduler_from_label("Restart", None)
+
+
+def test_settings_are_read_without_a_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may say that it has billions of pixels; `sdedit again` and `sdedit inspect` need none of them."""
+    save_picture(picture(), tmp_path / "a.png", Settings(prompt="cat", seed=3))
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)  # the header's width and height, and then its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="3,600 megapixels"):
+        open_image(tmp_path / "a.png")
+    assert read_settings(tmp_path / "a.png").seed == 3

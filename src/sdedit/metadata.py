@@ -212,9 +212,9 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     Raises:
         FileNotFoundError, ValueError: There is no such file, it is no image, or it carries none.
     """
-    from sdedit.pixels import open_image
+    from sdedit.pixels import image_info
 
-    text = open_image(path, max_pixels=None).info.get("parameters")
+    text = image_info(path).get("parameters")
     if not isinstance(text, str):
         raise ValueError(
             f"{path} carries no settings (the PNG text 'parameters'): it was not written by sdedit, or edited since"

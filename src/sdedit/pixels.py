@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +31,39 @@ def open_image(path: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS
         FileNotFoundError: There is no such file.
         ValueError: It is not an image that Pillow reads, damaged, or too large.
     """
+    with _opened(path) as image:
+        size = image.size
+        if max_pixels is None or size[0] * size[1] <= max_pixels:
+            image.load()
+    check_size(size, max_pixels)
+    return image
+
+
+def image_info(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """What an image file says before its pixels, as Pillow names it; no pixel is decoded, however many there are.
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_image`.
+    """
+    with _opened(path) as image:
+        return dict(image.info)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file whose header has been read; what goes wrong inside is the file's fault."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
     with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead, in check_size
         try:
             with Image.open(path) as image:
-                size = image.size
-                if max_pixels is None or size[0] * size[1] <= max_pixels:
-                    image.load()
+                yield image
         except Exception as error:  # what Pillow's decoders raise on damaged files is of every class
             reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"image: {path} is not an image that can be read ({reason})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    check_size(size, max_pixels)
-    return image
 
 
 def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
