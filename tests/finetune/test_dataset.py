@@ -140,12 +140,13 @@ def test_latents_are_what_the_vae_says(pipe, pictures):
     torch.testing.assert_close(unguided.mean[:, :, 0], latents.mean[:, :, 0], atol=1e-5, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 99))
-def test_guides_keep_white_and_range(seed):
-    pixels = read_images(picture(40, 33, seed=seed), 4).pixels
-    pixels[..., :20] = 1
-    seen = guide(pixels, torch.Generator().manual_seed(seed))
-    assert seen.shape == pixels.shape and seen.abs().max() <= 1
-    torch.testing.assert_close(seen[..., :14], torch.ones_like(seen[..., :14]))
-    assert (seen - pixels).abs().mean() > 0.01
+def test_guides_keep_white_and_range_and_change_the_rest():
+    changes = []
+    for seed in range(100):
+        pixels = read_images(picture(40, 33, seed=seed), 4).pixels
+        pixels[..., :20] = 1
+        seen = guide(pixels, torch.Generator().manual_seed(seed))
+        assert seen.shape == pixels.shape and seen.abs().max() <= 1
+        torch.testing.assert_close(seen[..., :14], torch.ones_like(seen[..., :14]))
+        changes.append((seen - pixels).abs().mean().item())
+    assert sum(change > 0.01 for change in changes) > 90  # now and then it is drawn to be nearly the picture
