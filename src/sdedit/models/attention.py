@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -70,26 +71,39 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(B, N, heads, d).transpose(1, 2)
 
 
-_SCORES = 2**20  # of a block: 256 queries and 4,096 keys, 2 MiB
+_SCORES = 2**21  # of a block: 512 queries and 4,096 keys, 4 MiB
+_OCTAVE = 128  # steps of bfloat16's bits from a power of two to the next
+_ONE = 127 * _OCTAVE  # bfloat16's bits of 1
+_FAR = 100 * _OCTAVE  # scores within ±100 octaves: neither they nor their sums leave bfloat16's range
 
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention a block of queries at a time, whose scores stay in the cache, in the shapes of `Core`.
+    """Attention in bfloat16 a block of queries at a time, whose scores stay in the cache, in the shapes of `Core`.
 
-    Scores are rounded to the dtype before the softmax. So the mean is taken off the keys, which changes no softmax and
-    makes scores smaller; and the scale goes into the keys, before they are rounded.
+    Scores come as steps of bfloat16's bits, so that a sum of integers makes exponentials of them (Schraudolph 1999,
+    doi 10.1162/089976699300016467): exact at powers of two, a chord between them. A column of ones in the values sums
+    them. Scores are rounded to bfloat16; so the mean is taken off the keys, which changes no softmax and makes scores
+    smaller, and the scale goes into the keys, before they are rounded.
     """
     B, heads, N, d = query.shape
-    centred = key.float() - key.float().mean(2, keepdim=True)
-    keys = (centred * d**-0.5).to(key.dtype).transpose(2, 3)
-    values = F.pad(value, (0, -d % 16))  # vectors of 16
+    keys = (key.float() - key.float().mean(2, keepdim=True)) * (d**-0.5 * _OCTAVE / math.log(2))
+    farthest = query.float().norm(dim=-1).amax(-1) * keys.norm(dim=-1).amax(-1)  # that a score can be from 0
+    far = (farthest > _FAR).tolist()
+    keys = keys.to(key.dtype).transpose(2, 3)
+    values = F.pad(F.pad(value, (0, 1), value=1.0), (0, -(d + 1) % 16))  # vectors of 16
     out = query.new_empty(B, N, heads, d).transpose(1, 2)
-    size = max(_SCORES // key.shape[2], 16)
+    size = min(max(_SCORES // key.shape[2], 16), N)
+    room = query.new_empty(size, key.shape[2])
     for b, head in itertools.product(range(B), range(heads)):
         k, v = keys[b, head], values[b, head]
-        for i in range(0, N, size):
-            weights = torch.mm(query[b, head, i : i + size], k).softmax(-1)
-            out[b, head, i : i + size] = torch.mm(weights, v)[:, :d]
+        for q, block in zip(query[b, head].split(size), out[b, head].split(size), strict=True):
+            scores = torch.mm(q, k, out=room[: len(q)])
+            if far[b][head]:
+                scores.sub_(scores.amax(-1, keepdim=True)).clamp_(min=-_FAR)
+            bits = scores.view(torch.int16)
+            bits.copy_(scores).add_(_ONE)
+            found = torch.mm(scores, v)
+            torch.div(found[:, :d], found[:, d : d + 1], out=block)
     return out
 
 
