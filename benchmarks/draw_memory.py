@@ -19,7 +19,7 @@ def main() -> None:
     axis.bar_label(bars, [f"{r['grows_mb']:.0f} MB, {r['cpu_seconds']:.0f} CPU s" for r in results], padding=3)
     axis.invert_yaxis()
     axis.set_xlabel("memory above that of the loaded networks, MB")
-    axis.margins(x=0.25)
+    axis.margins(x=0.35)
     figure.savefig(HERE.parent / "docs" / "memory.png", dpi=110)
 
 

@@ -17,7 +17,7 @@ from conftest import VAE, picture
 from sdedit import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from sdedit.models import strips, vae_options
 from sdedit.models.attention_options import by_queries
-from sdedit.models.layers import ResnetBlock2D
+from sdedit.models.layers import ResnetBlock2D, Upsample2D
 
 PLENTY = 1 << 40
 
@@ -94,18 +94,20 @@ def test_no_convolution_sees_more_than_a_strip(cls: Any, monkeypatch: pytest.Mon
 def test_every_convolution_sees_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN keeps a compiled convolution for each shape; new ones for every strip made the process grow and grow."""
     model, z = vae(), torch.randn(1, 4, 16, 4)
-    shapes: dict[Any, set[Any]] = {}
+    shapes: dict[Tensor, set[Any]] = {}
     plain = F.conv2d
 
     def spy(x: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Tensor):
-            shapes.setdefault(weight.data_ptr(), set()).add(x.shape)
+            shapes.setdefault(weight, set()).add(x.shape)
         return plain(x, weight, *args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", spy)
     model.enable_tiling()
     model.decode(z)
-    assert len(shapes) == sum(isinstance(layer, nn.Conv2d) for layer in model.decoder.modules()) + 1
+    layers = list(model.decoder.modules())
+    doubled = sum(isinstance(layer, Upsample2D) for layer in layers)  # each four convolutions instead of one
+    assert len(shapes) == sum(isinstance(layer, nn.Conv2d) for layer in layers) + 1 + 3 * doubled
     assert max(map(len, shapes.values())) == 1  # the heights here are multiples of a strip's: else 2, one for the last
 
 
@@ -281,3 +283,9 @@ def test_a_map_that_was_replaced_is_not_read_again() -> None:
 
     with pytest.raises(RuntimeError, match="took its place"):
         strips.run(not_residual, torch.randn(1, 3, 20, 4), strips.Budget(PLENTY))
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0, 0), (1, 2, 3, 0), (0, 1, 0, 1), (2, 0, 9, 11)])
+def test_zeros_around_strips(pad: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 21, 5)
+    assert torch.equal(strips.run(lambda x: F.pad(x, pad), x, strips.Budget(0)), F.pad(x, pad))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from captions import starred
 from data import HOLD_OUT_EVERY
 from paths import HERE, read_json
 
@@ -22,6 +23,7 @@ def write_card(folder: Path) -> None:
         "gallery": figures["gallery"],
         "dtype": figures["settings"]["dtype"],
         "figures": rows(figures),
+        "starred": len(starred()),
     }
     text = (HERE / "card.md").read_text("utf-8").format(**values)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -40,13 +42,14 @@ def rows(figures: dict[str, Any]) -> str:
     """The table of what was measured, a row a test."""
     tests = {
         "transfer": "another style of it, strength 0.6",
-        "transfer_starred": "of these, things with a star",
         "transfer_guide": "these guides themselves, nothing drawn",
+        "transfer_rest": "another style, the other names of the list",
         "transfer_other": "another style, things not in the list",
         "strokes": "simulated strokes of it, strength 0.6",
         "strokes_guide": "these guides themselves, nothing drawn",
+        "strokes_rest": "simulated strokes, the other names of the list",
         "words": "a white sheet, strength 1.0: words alone",
-        "words_starred": "of these, things with a star",
+        "words_rest": "words alone, the other names of the list",
         "seen": "another style of it, 0.6, names and style seen together",
         "unseen": "the same, never seen together",
     }

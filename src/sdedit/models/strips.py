@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdedit.models.layers import convolve_doubled
+
 # Bytes and rows of a strip: little beside the maps that are kept (every layer since the last one that is kept has a
 # strip or two), and enough for convolutions to be efficient.
 _STRIP = 4 << 20
@@ -96,7 +98,7 @@ class Strips:
         if self.tensor is not None:
             return self.tensor[:, :, top:bottom]
         if top == bottom:  # beside a map that is padded
-            return self.read(top - 1, top)[:, :, :0]
+            return self.read(max(top - 1, 0), max(top, 1))[:, :, :0]
         step, height = self.step, self.shape[2]
         if not self._made or not self._made[0][0] <= top <= _end(self._made[-1]):
             self._made = []
@@ -295,16 +297,29 @@ def _group_norm(func: Any, x: Any, groups: int, weight: Any = None, bias: Any = 
 
 
 def _pad(func: Any, x: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
-    if len(pad) != 4 or pad[2] or min(pad) < 0 or mode != "constant" or value:
+    if len(pad) != 4 or min(pad) < 0 or mode != "constant" or value:
         return NotImplemented
     x.settle()
     B, C, H, W = x.shape
+    left, right, above, below = pad
 
     def make(top: int, bottom: int) -> Tensor:
-        rows = x.read(top, min(bottom, H))
-        return F.pad(rows, (pad[0], pad[1], 0, bottom - min(bottom, H)))
+        first, end = top - above, bottom - above
+        rows = x.read(min(max(first, 0), H), min(max(end, 0), H))
+        return F.pad(rows, (left, right, max(min(end, 0) - first, 0), max(end - max(first, H), 0)))
 
-    return x.like(make, (B, C, H + pad[3], W + pad[0] + pad[1]))
+    return x.like(make, (B, C, above + H + below, left + W + right))
+
+
+def _convolve_doubled(func: Any, x: Any, kernels: Any, bias: Any) -> Any:
+    B, _C, H, W = x.shape
+
+    def make(top: int, bottom: int) -> Tensor:
+        first = top // 2
+        rows = func(x.read(first, (bottom + 1) // 2 + 2), kernels, bias)
+        return rows[:, :, top - 2 * first : bottom - 2 * first]
+
+    return x.like(make, (B, len(kernels[0]), 2 * H - 4, 2 * W - 4))
 
 
 def _interpolate(
@@ -331,4 +346,5 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.group_norm: _group_norm,
     F.pad: _pad,
     F.interpolate: _interpolate,
+    convolve_doubled: _convolve_doubled,
 }
