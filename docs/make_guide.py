@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.framing import framed
 from sdedit.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,9 @@ SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": Tru
 
 
 def drawing(name: str, size: int = 128) -> Image.Image:
-    return Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    """An example as the default model likes it: filling the sheet."""
+    image = framed(Image.open(ROOT / "examples" / f"{name}.png").convert("RGB"))
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def cutout(name: str) -> Image.Image:
@@ -45,7 +48,7 @@ def main() -> None:
     house = drawing("house")
 
     mask = Image.new("L", house.size)
-    ImageDraw.Draw(mask).polygon([(8, 66), (64, 12), (120, 66)], fill=255)
+    ImageDraw.Draw(mask).polygon([(0, 67), (64, 8), (128, 67)], fill=255)
     arguments = {"strength": 0.7, **SETTINGS}
     masked = pipe("house, 3d", house, mask_image=mask, generator=seeded(), **arguments).images[0]
     whole = pipe("house, 3d", house, generator=seeded(), **arguments).images[0]
@@ -59,7 +62,7 @@ def main() -> None:
     tree = pipe("tree, noto", drawing("tree"), strength=0.6, generator=seeded(), **SETTINGS).images[0]
     made = pipe.composite(
         tree, [cutout("apple"), cutout("apple")], "tree with apples, noto", [(30, 30), (66, 48)], 0.11,
-        margin=4, generator=seeded(), **SETTINGS,
+        strength=0.3, margin=4, generator=seeded(), **SETTINGS,
     )  # fmt: skip
     pictures = [tree, made.image, made.mask, made.result]
     save("composite", pictures, ["background", "pasted", "mask", "after"])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.framing import framed
 from sdedit.measures import l2_faithfulness
 from sdedit.sheets import contact_sheet
 
@@ -23,8 +24,9 @@ SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": Tru
 
 
 def doodle(name: str) -> Image.Image:
-    """An example at the default model's own size."""
-    return Image.open(EXAMPLES / f"{name}.png").convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+    """An example as the default model likes it: filling the sheet, at the model's own size."""
+    image = framed(Image.open(EXAMPLES / f"{name}.png").convert("RGB"))
+    return image.resize((128, 128), Image.Resampling.LANCZOS)
 
 
 def search_sheet(pipe: StableDiffusionImg2ImgPipeline) -> Image.Image:
