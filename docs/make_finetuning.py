@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.finetune import Samples, train_lora
+from sdedit.framing import framed
 from sdedit.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +35,9 @@ SETTINGS = {
 
 
 def doodle(name: str) -> Image.Image:
-    """An example at the default model's own size."""
-    return Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+    """An example as the default model likes it: filling the sheet, at the model's own size."""
+    image = framed(Image.open(ROOT / "examples" / f"{name}.png").convert("RGB"))
+    return image.resize((128, 128), Image.Resampling.LANCZOS)
 
 
 def draw(pipe: StableDiffusionImg2ImgPipeline) -> list[Image.Image]:
