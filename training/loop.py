@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimizers import optimizers
 from sdedit.files import write_atomically
 from sdedit.finetune.workers import Workers
 
@@ -28,6 +29,7 @@ class Plan:
         averaging: How much of the averaged weights each step keeps; less at the beginning.
         betas, weight_decay: AdamW's.
         clip: Greatest norm of the gradient.
+        muon: Is Muon the optimizer of the matrices, see `MatrixMuon`?
         workers: Threads that share a batch on the CPU, see `Workers`.
     """
 
@@ -39,6 +41,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
+    muon: bool = False
     workers: int = 2
 
     def rate_at(self, step: int) -> float:
@@ -69,19 +72,17 @@ class Training:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=plan.rate, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
-        )
+        self.workers = plan.workers if self.device.type == "cpu" else 1
+        self.optimizers = optimizers(model, plan, self.workers)
         self.step, self.seconds = 0, 0.0
         if file.exists():
             self._resume()
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[float]:
         """Train to the end of the plan, or until `stopped()`, and save; each step yields its loss."""
-        count = self.plan.workers if self.device.type == "cpu" else 1
         started = saved = time.monotonic()
         before = self.seconds
-        with ThreadPoolExecutor(1) as ahead, Workers(self.model, count) as workers:
+        with ThreadPoolExecutor(1) as ahead, Workers(self.model, self.workers) as workers:
             coming = ahead.submit(self.batches, self.step)
             while self.step < self.plan.steps and not stopped():
                 batch, coming = coming.result(), ahead.submit(self.batches, self.step + 1)
@@ -94,13 +95,13 @@ class Training:
         self.save()
 
     def _take(self, workers: Workers, batch: tuple[Tensor, ...]) -> float:
-        """One step of the optimizer."""
-        for group in self.optimizer.param_groups:
+        """One step of the optimizers."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.plan.rate_at(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         value = workers.backward(self.loss, *(tensor.to(self.device, non_blocking=True) for tensor in batch))
         nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip)
-        self.optimizer.step()
+        workers.together([optimizer.step for optimizer in self.optimizers])
         self.step += 1
         keep = min(self.plan.averaging, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - keep)
@@ -114,7 +115,8 @@ class Training:
     def save(self) -> None:
         """Write the state; whenever the process is killed, a whole file is there."""
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        state = {"weights": weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
+        moments = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"weights": weights, "average": self.average, "optimizers": moments}
         with write_atomically(self.file) as part:
             torch.save({**state, "step": self.step, "seconds": self.seconds}, part)
 
@@ -124,10 +126,11 @@ class Training:
             raise ValueError(f"{self.file} is of another network; move it away to begin anew")
         self.model.load_state_dict(state["weights"], strict=False)
         self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         self.step, self.seconds = state["step"], state["seconds"]
 
 
 def read_state(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `Training.save` wrote: "weights", "average", "optimizer", "step" and "seconds"."""
+    """What `Training.save` wrote: "weights", "average", "optimizers", "step" and "seconds"."""
     return torch.load(file, map_location=device, weights_only=True)

@@ -30,14 +30,14 @@ from words import LENGTH
 
 LATENT_SCALE = float(VAE["scaling_factor"])
 STARRED_WEIGHT = 15.0  # how much oftener a thing with a star is drawn: few things well, before many
-CENTRED_SHARE = 0.35  # of the samples: the picture as it is, not placed somewhere else
+CENTRED_SHARE = 0.6  # of the samples: the picture as it is, not placed somewhere else
 NOISY_TIMES = 0.5  # the power that turns even noise levels into ones with more noise, where words decide
 GUIDE_SHARE = 0.6  # of the samples: the sampler that they stand for began with a guide
 FIRST_STEP = 0.4  # of those: it takes its first step, at the noise level where it began
 # Guides, each with the least noise level at which a sampler may begin with it and still be led to the true picture,
 # and how often it is one there: another style takes some noise to become this one. An empty sheet takes most, and makes
 # the words count: of everything else, even so much noise leaves something of the picture to go by.
-BEGINNINGS = {"strokes": (300, 1.0), "doodle": (300, 2.0), "other style": (500, 3.0), "blank": (800, 4.0)}
+BEGINNINGS = {"strokes": (300, 1.0), "doodle": (300, 2.0), "other style": (500, 5.0), "blank": (800, 4.0)}
 SHEET = {  # doodle -> words
     "apple": "red apple, 3d",
     "face": "face",
@@ -176,7 +176,7 @@ def main() -> None:
     items = load()[1]
     items = [items[row] for row in read_json(work_folder() / "latents.json")]
     samples = Samples(np.load(work_folder() / "latents.npy", mmap_mode="r"), items, tokenizer(), args.batch)
-    plan, loss = Plan(args.steps, args.rate, warm_up=300, fall=args.fall), Loss()
+    plan, loss = Plan(args.steps, args.rate, warm_up=300, fall=args.fall, muon=True), Loss()
     training = Training(new_denoiser().to(args.device), loss, samples, plan, work_folder() / "unet.pt")
 
     def measure() -> str:

@@ -7,7 +7,7 @@ of the batch through the whole forward and backward pass alone, and they meet on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -69,3 +69,8 @@ class Workers:
                     first.grad = own.grad if first.grad is None else first.grad.add_(own.grad)
                     own.grad = None
         return sum(values)
+
+    def together(self, tasks: Sequence[Callable[[], Any]]) -> None:
+        """Run them, as many at once as there are workers."""
+        for _ in self.pool.map(lambda task: task(), tasks) if self.pool else (task() for task in tasks):
+            pass
