@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from loop import Plan, Training, read_state
 PLAN = Plan(steps=12, rate=1e-2, warm_up=3, fall=4)
 
 
-def network() -> nn.Module:
+def network(width: int = 8) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
 
 def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -33,16 +34,18 @@ def threads() -> object:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("stops", [(5,), (1, 9)])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stops: tuple[int, ...]) -> None:
-    whole = Training(network(), loss, batches, PLAN, tmp_path / "whole.pt")
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stops: tuple[int, ...], muon: bool) -> None:
+    plan = replace(PLAN, muon=muon)
+    whole = Training(network(16), loss, batches, plan, tmp_path / "whole.pt")
     losses = list(whole.run())
     done = 0
     for stop in stops:
-        part = Training(network(), loss, batches, PLAN, tmp_path / "parts.pt")
+        part = Training(network(16), loss, batches, plan, tmp_path / "parts.pt")
         assert list(part.run(lambda part=part, stop=stop: part.step >= stop)) == losses[done:stop]
         done = stop
-    rest = Training(network(), loss, batches, PLAN, tmp_path / "parts.pt")
+    rest = Training(network(16), loss, batches, plan, tmp_path / "parts.pt")
     assert rest.step == stops[-1]
     assert list(rest.run()) == losses[stops[-1] :]
     for kind in ("weights", "average"):
@@ -50,10 +53,12 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stops: tuple[i
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_learns_and_the_average_lags(tmp_path: Path) -> None:
-    model = network()
+@pytest.mark.parametrize("muon", [False, True])
+def test_it_learns_and_the_average_lags(tmp_path: Path, muon: bool) -> None:
+    model = network(16)
     before = [p.detach().clone() for p in model.parameters()]
-    training = Training(model, loss, batches, Plan(steps=150, rate=1e-2, warm_up=1, fall=50), tmp_path / "x.pt")
+    plan = Plan(steps=150, rate=1e-2, warm_up=1, fall=50, muon=muon)
+    training = Training(model, loss, batches, plan, tmp_path / "x.pt")
     losses = list(training.run())
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     average = training.average.values()
@@ -67,7 +72,9 @@ def test_what_is_frozen_stays_and_is_not_in_the_file(tmp_path: Path) -> None:
     before = model[0].weight.clone()
     list(islice(Training(model, loss, batches, PLAN, tmp_path / "x.pt").run(), 20))
     assert torch.equal(model[0].weight, before)
-    assert set(read_state(tmp_path / "x.pt")["weights"]) == {"2.weight", "2.bias"}
+    assert set(read_state(tmp_path / "x.pt")["weights"]) == {
+        f"{n}.{kind}" for n in (2, 4) for kind in ("weight", "bias")
+    }
     with pytest.raises(ValueError, match="another network"):
         Training(network(), loss, batches, PLAN, tmp_path / "x.pt")
 
