@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from conftest import UNET, VAE, make_folder
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from sdedit.models.attention import BasicTransformerBlock, Context, in_blocks, merged
+from sdedit.models.attention import BasicTransformerBlock, Context, FeedForward, in_blocks, merged
 from sdedit.models.deep_reuse import DeepReuse
-from sdedit.models.layers import Upsample2D
+from sdedit.models.layers import ResnetBlock2D, Upsample2D
 from sdedit.models.unet import one_run
 
 
@@ -61,6 +61,31 @@ def test_a_hook_on_the_convolution_is_called() -> None:
     layer.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     layer(torch.randn(2, 16, 7, 9))
     assert seen == [(2, 16, 14, 18)]
+
+
+@pytest.mark.parametrize("act_fn", ["silu", "gelu"])
+def test_a_block_writes_over_its_own_maps_only(act_fn: str) -> None:
+    block, x = ResnetBlock2D(8, 8, temb_channels=4, groups=4, act_fn=act_fn).eval(), torch.randn(2, 8, 6, 6)
+    temb, before = torch.randn(2, 4), x.clone()
+    learning = block(x, temb)  # with a gradient, all is kept
+    learning.sum().backward()
+    with torch.no_grad():
+        kept = temb.clone()
+        torch.testing.assert_close(block(x, temb), learning.detach(), rtol=0, atol=0)
+        assert torch.equal(x, before)
+        assert torch.equal(temb, kept)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 8), (1, 33, 8)])
+def test_feed_forward_in_parts_is_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = FeedForward(8), torch.randn(shape)
+    whole, sizes = layer(x), []
+    layer.net[0].register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[:-1].numel()))
+    monkeypatch.setattr(FeedForward, "PART", 20)
+    monkeypatch.setattr(FeedForward, "LARGE", x.nbytes)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+    assert sizes == ([20, 20, 8] if len(x) == 2 else [20, 13])
 
 
 def test_one_sample_with_two_texts_is_two_samples(unet: UNet2DConditionModel) -> None:

@@ -23,6 +23,7 @@ from sdedit.models.layers import (
     Upsample2D,
     activation,
     channels_last,
+    overwritten,
     spread,
     timestep_embedding,
 )
@@ -282,7 +283,8 @@ class UNet2DConditionModel(Model):
         else:
             x = deep
         x = self._up(x, skips, temb, context)
-        x = spread(self.conv_out(self.conv_act(self.conv_norm_out(x))), len(encoder_hidden_states))
+        x = overwritten(self.conv_act, self.conv_norm_out(x))
+        x = spread(self.conv_out(x), len(encoder_hidden_states))
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def _embedded_time(self, timestep: Tensor | float, sample: Tensor, condition: Tensor | None) -> Tensor:
