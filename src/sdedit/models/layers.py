@@ -52,13 +52,14 @@ def channels_last(network: nn.Module, x: Tensor) -> Tensor:
     """The input of a network (B, C, H, W) with channels innermost, as convolutions and attention want it.
 
     The network's convolutions are laid out in the same way when they first see it, one at a time: PyTorch would do it
-    in every call.
+    in every call. Those that multiply by packed weights need no other layout.
     """
     if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):  # strips are laid out as they are made
         return x
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        weights = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-        if not weights[0].is_contiguous(memory_format=torch.channels_last):
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        weights = [layer.weight for layer in layers if not isinstance(layer, PackedConv2d)]
+        if weights and not weights[0].is_contiguous(memory_format=torch.channels_last):
             for weight in weights:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last)

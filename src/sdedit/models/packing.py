@@ -1,21 +1,40 @@
-"""A run's weights, laid out once as oneDNN multiplies them; PyTorch lays them out anew in every call.
+"""Weights laid out once as oneDNN multiplies them; PyTorch lays them out anew in every call.
 
-On a CPU that is a tenth of the time of a layer with many weights and few pixels, or more. The packed copies live for
-one run, so that no weight that changes between runs is ever used as it was, and take as much memory again.
+On a CPU that is a tenth of the time of a layer with many weights and few pixels, or more. The packed copies live as
+long as the weights, and take as much memory again. Before a run uses one, it is made sure that it is of the weights as
+they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-# By the address of the plain weights: these, so that no others come to lie there, their version, and the packed ones.
-_packed: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+@dataclass
+class Packed:
+    """Weights as oneDNN wants them, and by what to know the plain ones that they were made of.
+
+    Attributes:
+        place: Address and PyTorch's count of changes. It counts those that are made openly, not those through `.data`.
+        sums: Of each row's bits, which change by those, too.
+        sure: The plain ones are known to be the same since `forget` was last called.
+    """
+
+    packed: Tensor
+    place: tuple[int, int]
+    sums: Tensor
+    sure: bool = True
+
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the plain weights
 
 
 class PackedConv2d(nn.Conv2d):
@@ -43,6 +62,7 @@ _PACKED: dict[type, type] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 def packing(network: Any) -> Iterator[None]:
     """Inside, convolutions and linear layers of the network multiply by packed weights, if that is of use."""
     changed = [layer for layer in network.modules() if _suits(layer)] if isinstance(network, nn.Module) else []
+    forget()
     plain = [type(layer) for layer in changed]
     for layer in changed:
         layer.__class__ = _PACKED[type(layer)]
@@ -51,12 +71,12 @@ def packing(network: Any) -> Iterator[None]:
     finally:
         for layer, kind in zip(changed, plain, strict=True):
             layer.__class__ = kind
-        forget()
 
 
 def forget() -> None:
-    """Pack anew when the weights are next used: they may have changed."""
-    _packed.clear()
+    """Make sure of the weights when they are next used: they may have changed."""
+    for known in _known.values():
+        known.sure = False
 
 
 def _suits(layer: nn.Module) -> bool:
@@ -70,11 +90,22 @@ def _suits(layer: nn.Module) -> bool:
 
 def _of(weight: Tensor, pack: Callable[[], Tensor]) -> Tensor:
     """The packed form of these weights, made when it is first asked for."""
-    address, version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-    known = _packed.get(address)
-    if known is None or known[1] != version:
-        known = _packed[address] = weight, version, pack()
-    return known[2]
+    place = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    known = _known.get(weight)
+    if known is None or known.place != place or not (known.sure or torch.equal(known.sums, _sums(weight))):
+        known = _known[weight] = Packed(pack(), place, _sums(weight))
+    known.sure = True
+    return known.packed  # type: ignore[no-any-return]
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Of the bits of each of the C' rows, weighed by their places, as integers that wrap around."""
+    rows = weight.detach()
+    if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        rows = rows.permute(0, 2, 3, 1)
+    rows = rows.flatten(1)
+    bits = rows.view(torch.int64 if rows.shape[1] % 4 == 0 else torch.int16)
+    return (bits * torch.arange(1, 2 * bits.shape[1], 2)).sum(1)
 
 
 # Operators of their own, so that torch.compile calls them as they are and blocks that are alike share what it made.
