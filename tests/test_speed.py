@@ -76,6 +76,19 @@ def test_a_block_writes_over_its_own_maps_only(act_fn: str) -> None:
         assert torch.equal(temb, kept)
 
 
+@torch.no_grad()
+def test_what_a_hook_saw_stays_as_it_was() -> None:
+    block, x, seen = ResnetBlock2D(8, 8, groups=4).eval(), torch.randn(2, 8, 6, 6), {}
+    for name in ("norm1", "conv1", "norm2", "conv2"):
+        layer = block.get_submodule(name)
+        layer.register_forward_hook(lambda _, given, out, name=name: seen.update({name: (given[0], out)}))
+    result = block(x)
+    for name, (given, out) in seen.items():
+        layer = block.get_submodule(name)
+        assert torch.equal(layer.forward(given), out)
+    torch.testing.assert_close(result, x + seen["conv2"][1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2, 24, 8), (1, 33, 8)])
 def test_feed_forward_in_parts_is_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = FeedForward(8), torch.randn(shape)

@@ -33,19 +33,20 @@ def spread(x: Tensor, batch: int) -> Tensor:
     return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
 
 
-def overwritten(act: nn.Module, h: Tensor) -> Tensor:
-    """act(h) in the memory of a map that nobody else has, where it can be: new pages cost a CPU more than the sums."""
-    return F.silu(h, inplace=True) if isinstance(act, nn.SiLU) and _free(h) else act(h)
+def activated(act: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """act(norm(x)), in the memory of norm(x) where it can be: new pages cost a CPU more than the sums."""
+    h = norm(x)
+    return F.silu(h, inplace=True) if isinstance(act, nn.SiLU) and _free(norm, h) else act(h)
 
 
-def added(h: Tensor, x: Tensor) -> Tensor:
-    """x + h, likewise in the memory of h."""
-    return h.add_(x) if _free(h) and h.dtype == x.dtype else x + h
+def added(layer: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    """x + h, likewise in the memory of h, which that layer made."""
+    return h.add_(x) if _free(layer, h) and h.dtype == x.dtype else x + h
 
 
-def _free(h: Tensor) -> bool:
-    """Is it a plain tensor that no gradient needs as it is? (Strips of a map are made when they are read.)"""
-    return type(h) is Tensor and not torch.is_grad_enabled()
+def _free(layer: nn.Module, h: Tensor) -> bool:
+    """Is what the layer made a plain tensor, and not strips, that no gradient and no hook needs as it is?"""
+    return type(h) is Tensor and not torch.is_grad_enabled() and not layer._forward_hooks
 
 
 def channels_last(network: nn.Module, x: Tensor) -> Tensor:
@@ -131,14 +132,14 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the embedded time (B, temb_channels) → (B, out_channels, H, W)."""
-        h = self.conv1(overwritten(self.nonlinearity, self.norm1(x)))
+        h = self.conv1(activated(self.nonlinearity, self.norm1, x))
         if self.time_emb_proj is not None and temb is not None:
             shift = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-            h = added(h, shift if len(shift) == 1 else spread(shift, len(h)))
-        h = self.conv2(self.dropout(overwritten(self.nonlinearity, self.norm2(h))))
+            h = added(self.conv1, h, shift if len(shift) == 1 else spread(shift, len(h)))
+        h = self.conv2(self.dropout(activated(self.nonlinearity, self.norm2, h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        h = added(h, x)
+        h = added(self.conv2, h, x)
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 

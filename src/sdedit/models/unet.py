@@ -21,9 +21,9 @@ from sdedit.models.layers import (
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
+    activated,
     activation,
     channels_last,
-    overwritten,
     spread,
     timestep_embedding,
 )
@@ -283,7 +283,7 @@ class UNet2DConditionModel(Model):
         else:
             x = deep
         x = self._up(x, skips, temb, context)
-        x = overwritten(self.conv_act, self.conv_norm_out(x))
+        x = activated(self.conv_act, self.conv_norm_out, x)
         x = spread(self.conv_out(x), len(encoder_hidden_states))
         return UNet2DConditionOutput(x) if return_dict else (x,)
 

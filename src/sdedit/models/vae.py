@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import SpatialAttention
-from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, channels_last, overwritten
+from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, activated, channels_last
 from sdedit.models.model import Model
 from sdedit.models.vae_options import VaeOptions
 from sdedit.noise import randn
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         x = self.conv_in(channels_last(self, x))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(overwritten(self.conv_act, self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(activated(self.conv_act, self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(channels_last(self, z)))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(overwritten(self.conv_act, self.conv_norm_out(x)))
+        return self.conv_out(activated(self.conv_act, self.conv_norm_out, x))
 
 
 class AutoencoderKL(VaeOptions, Model):
