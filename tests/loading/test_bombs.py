@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from sdedit.loading.pickles import read_pickle
 
 # One process for all of them: a good file first, so that imports are not measured, then each bomb in three ways. Linux
 # keeps the most memory that a process ever used in VmHWM, and forgets it when asked to. (getrusage would begin with
@@ -182,3 +185,9 @@ def test_the_measure_measures(tmp_path: Path) -> None:
         [sys.executable, "-c", code, tmp_path / "large.pt"], capture_output=True, text=True, check=True
     )
     assert float(ran.stdout) > 250
+
+
+def test_a_length_that_no_memory_holds_is_damage() -> None:
+    huge = b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b"abc."
+    with pytest.raises(ValueError, match="is damaged"):
+        read_pickle(io.BufferedReader(io.BytesIO(huge)))  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def read_pickle(file: IO[bytes], also: frozenset[str] = frozenset()) -> Any:
             if opcode.name == "STOP":
                 return walk.stack.pop()
             walk.step(opcode.name, argument)
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"is damaged ({type(error).__name__} while reading it)") from error
     raise ValueError("is damaged (it ends too early)")
 
