@@ -73,7 +73,7 @@ class Training:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
         self.workers = plan.workers if self.device.type == "cpu" else 1
-        self.optimizers = optimizers(model, plan, self.workers)
+        self.optimizers = optimizers(model, plan)
         self.step, self.seconds = 0, 0.0
         if file.exists():
             self._resume()

@@ -34,13 +34,16 @@ def _rows(values: Tensor, weight: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1) if last else values
 
 
-def optimizers(model: nn.Module, plan: Any, workers: int) -> list[torch.optim.Optimizer]:
-    """Those of a plan, for all parameters that ask for a gradient; Muon's share is dealt out to the workers."""
+def optimizers(model: nn.Module, plan: Any) -> list[torch.optim.Optimizer]:
+    """Those of a plan, for all parameters that ask for a gradient; Muon's share is dealt out to the workers.
+
+    As many on a GPU, which has one: so a training may go on there with the file that a CPU wrote.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in weights if plan.muon and id(p) not in embeddings and _is_matrix(p)]
     matrices.sort(key=Tensor.numel, reverse=True)
-    parts = [matrices[n::workers] for n in range(workers)]
+    parts = [matrices[n :: plan.workers] for n in range(plan.workers)]
     taken = {id(p) for p in matrices}
     rest = [p for p in weights if id(p) not in taken]
     adam = torch.optim.AdamW(rest, plan.rate, plan.betas, weight_decay=plan.weight_decay, fused=True)

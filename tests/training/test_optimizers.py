@@ -41,7 +41,7 @@ def test_every_parameter_has_one_optimizer() -> None:
             "frozen": nn.Linear(32, 32).requires_grad_(False),
         }
     )
-    adam, *muons = optimizers(model, PLAN, workers=2)
+    adam, *muons = optimizers(model, PLAN)
     weights = [p for muon in muons for p in muon.weights]
     assert len(muons) == 2
     assert {id(p) for p in weights} == {id(model["matrix"].weight), id(model["convolution"].weight)}
@@ -52,4 +52,4 @@ def test_every_parameter_has_one_optimizer() -> None:
 
 
 def test_without_muon_there_is_adamw_alone() -> None:
-    assert len(optimizers(nn.Linear(32, 32), Plan(steps=10, rate=1e-2), workers=2)) == 1
+    assert len(optimizers(nn.Linear(32, 32), Plan(steps=10, rate=1e-2))) == 1

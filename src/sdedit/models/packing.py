@@ -25,16 +25,17 @@ class Packed:
     Attributes:
         place: Address and PyTorch's count of changes. It counts those that are made openly, not those through `.data`.
         sums: Of each row's bits, which change by those, too.
-        sure: The plain ones are known to be the same since `forget` was last called.
+        checked: What `_changes` was when the plain ones were last known to be the same.
     """
 
     packed: Tensor
     place: tuple[int, int]
     sums: Tensor
-    sure: bool = True
+    checked: int
 
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the plain weights
+_changes = 0  # how often `forget` was called: a number, because runs may be in several threads
 
 
 class PackedConv2d(nn.Conv2d):
@@ -75,8 +76,8 @@ def packing(network: Any) -> Iterator[None]:
 
 def forget() -> None:
     """Make sure of the weights when they are next used: they may have changed."""
-    for known in _known.values():
-        known.sure = False
+    global _changes
+    _changes += 1
 
 
 def _suits(layer: nn.Module) -> bool:
@@ -91,10 +92,10 @@ def _suits(layer: nn.Module) -> bool:
 def _of(weight: Tensor, pack: Callable[[], Tensor]) -> Tensor:
     """The packed form of these weights, made when it is first asked for."""
     place = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-    known = _known.get(weight)
-    if known is None or known.place != place or not (known.sure or torch.equal(known.sums, _sums(weight))):
-        known = _known[weight] = Packed(pack(), place, _sums(weight))
-    known.sure = True
+    known, now = _known.get(weight), _changes
+    if known is None or known.place != place or not (known.checked == now or torch.equal(known.sums, _sums(weight))):
+        known = _known[weight] = Packed(pack(), place, _sums(weight), now)
+    known.checked = now
     return known.packed  # type: ignore[no-any-return]
 
 
