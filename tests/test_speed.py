@@ -145,6 +145,13 @@ def test_convolutions_are_laid_out_once_and_saved_as_they_were(pipe: Any, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), pipe.unet.parameters(), strict=True))
 
 
+def test_a_network_used_in_inference_mode_can_still_be_trained(pipe: Any) -> None:
+    with torch.inference_mode():
+        pipe.vae.encode(torch.zeros(1, 3, 16, 16))
+    pipe.vae.encode(torch.ones(1, 3, 16, 16)).latent_dist.mean.sum().backward()
+    assert pipe.vae.encoder.conv_in.weight.grad is not None
+
+
 def test_turbo_is_near_and_leaves_no_trace(pipe: Any) -> None:
     exact = draw(pipe)
     differences = []

@@ -61,8 +61,9 @@ def channels_last(network: nn.Module, x: Tensor) -> Tensor:
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
         weights = [layer.weight for layer in layers if not isinstance(layer, PackedConv2d)]
         if weights and not weights[0].is_contiguous(memory_format=torch.channels_last):
-            for weight in weights:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(False):  # in which the weights could never be trained again
+                for weight in weights:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return x.contiguous(memory_format=torch.channels_last)
 
 
