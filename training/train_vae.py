@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of the whole training, earlier runs included")
     parser.add_argument("--fall", type=int, default=2000, help="of them, with a falling learning rate")
     parser.add_argument("--batch", type=int, default=16, help="crops of 64x64 a step")
-    parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
         "--decoder-only", action="store_true", help="keep the latents as they are, so the UNet stays right"
     )
@@ -114,7 +114,7 @@ def main() -> None:
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    plan = Plan(args.steps, args.rate, fall=args.fall, averaging=0.998, betas=(0.9, 0.98), weight_decay=1e-3)
+    plan = Plan(args.steps, args.rate, fall=args.fall, averaging=0.998, weight_decay=1e-3, muon=True)
     training = Training(vae, loss, Crops(pictures, items, args.batch), plan, work_folder() / "vae.pt")
 
     def measure() -> str:
