@@ -67,5 +67,8 @@ def unseen(item: Item) -> bool:
 
 
 def training_rows(items: list[Item]) -> list[int]:
-    """Rows of the pictures that the UNet learns from: all styles of what is in things.txt, but the unseen ones."""
-    return [row for row, item in enumerate(items) if item.name in things() and not unseen(item)]
+    """Rows of the pictures that the UNet learns from.
+
+    All but the unseen ones and, unless they are in things.txt, the emoji that are held out.
+    """
+    return [row for row, item in enumerate(items) if not unseen(item) and (item.name in things() or not item.held_out)]

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +101,11 @@ def drawn(pipe: Any, draws: list[Draw], strength: float, **settings: Any) -> Ite
         ).images.astype(np.float32)
 
 
-def tests(make: Draws, learned: list[str], new: set[str], count: int) -> dict[str, tuple[list[Draw], float]]:
+def tests(make: Draws, learned: list[str], count: int) -> dict[str, tuple[list[Draw], float]]:
     """What is drawn, and at which strength.
 
     Args:
-        learned: The names that the model was trained on; those with a star in things.txt are what it was taught most.
-        new: Those of them of which no training saw the unseen combinations.
+        learned: The listed names that the model was trained on; those with a star were what it was taught most.
     """
     half, known = max(count // 2, 1), set(learned)
     most = known & starred()
@@ -118,26 +116,20 @@ def tests(make: Draws, learned: list[str], new: set[str], count: int) -> dict[st
     def rest(item: Item) -> bool:
         return item.name in known - most
 
-    found = {
+    return {
         "transfer": (make.transfer(count, taught), 0.6),
         "transfer_rest": (make.transfer(half, rest), 0.6),
-        "transfer_other": (make.transfer(half, lambda item: item.name not in known), 0.6),
+        "transfer_other": (make.transfer(half, lambda item: item.name not in known and item.held_out), 0.6),
         "strokes": (make.strokes(count, taught), 0.6),
         "strokes_rest": (make.strokes(half, rest), 0.6),
         "words": (make.words(count, taught), 1.0),
         "words_rest": (make.words(half, rest), 1.0),
+        "seen": (
+            make.transfer(half, lambda item: taught(item) and item.style == UNSEEN_STYLE and not unseen(item)),
+            0.6,
+        ),
+        "unseen": (make.transfer(half, lambda item: taught(item) and unseen(item)), 0.6),
     }
-    combined = [item for item in make.items if item.name in new and item.style == UNSEEN_STYLE]
-    if any(unseen(item) for item in combined):
-        for key, held_out in {"seen": False, "unseen": True}.items():
-            names = {item.name for item in combined if unseen(item) == held_out}
-            keep = partial(_in_style, names=names)
-            found[key] = (make.transfer(half, keep), 0.6)
-    return found
-
-
-def _in_style(item: Item, names: set[str]) -> bool:
-    return item.name in names and item.style == UNSEEN_STYLE
 
 
 def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
@@ -152,8 +144,7 @@ def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
         "random": {"thing": chance(items, set(learned) & starred()), "style": 1 / len(STYLES)},
         "real": judge().real,
     }
-    new = set(learned[history["things_before"] :])
-    for key, (draws, strength) in tests(Draws(pictures, items), learned, new, count).items():
+    for key, (draws, strength) in tests(Draws(pictures, items), learned, count).items():
         found = judge().nearest(drawn(pipe, draws, strength, **settings))
         asked = [(draw.name, draw.style) for draw in draws]
         figures[key] = share_right(found, asked)

@@ -75,16 +75,15 @@ def history(denoiser: Denoiser, vae: nn.Module, start_share: float) -> dict[str,
     parts = {"vae": vae, "unet": denoiser.unet, "text": denoiser.text_encoder}
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     start = start_folder()
-    before = read_json(start / "training.json") if start else {"things": 0}
+    before = read_json(start / "training.json") if start else {}
     steps: dict[str, Any] = {}
     for part in ("vae", "unet"):
         file = work_folder() / f"{part}.pt"
         state = read_state(file) if file.exists() else {"step": 0, "seconds": 0.0}
         steps[f"{part}_steps"] = before.get(f"{part}_steps", 0) + state["step"]
         steps[f"{part}_minutes"] = round(before.get(f"{part}_minutes", 0) + state["seconds"] / 60)
-    pictures = len(read_json(work_folder() / "latents.json"))
-    listed = {"things": len(things()), "things_before": before["things"], "pictures": pictures}
-    return {**sizes, **steps, **listed, "start_share": start_share}
+    pictures = len(set(read_json(work_folder() / "latents.json")))
+    return {**sizes, **steps, "things": len(things()), "pictures": pictures, "start_share": start_share}
 
 
 def export(folder: Path, start_share: float = 0.0) -> None:

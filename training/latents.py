@@ -1,10 +1,10 @@
-"""Encode the listed pictures, as they are and placed about the sheet, and guides made from them, for the UNet.
+"""Encode the pictures and guides made from them, for the UNet: as they are and, if listed, placed about the sheet.
 
     python training/latents.py
 
-writes `latents.npy` (pictures, placements, kinds, 8, 16, 16), float16, where the kinds are those of guides.KINDS and
-placement 0 is the picture as it is, on white; `latents.json` with the row of each picture in items.json; and, if the
-encoder was trained here, `centre.json`, what centres its latents.
+writes `latents.npy` (sheets, kinds, 8, 16, 16), float16, where the kinds are those of guides.KINDS and the sheets of a
+picture follow each other, the first of them the picture as it is, on white; `latents.json` with the row in items.json
+of what each sheet shows; and, if the encoder was trained here, `centre.json`, what centres its latents.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import multiprocessing
 import os
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from captions import training_rows
+from captions import things, training_rows
 from data import load, on_ground
 from guides import KINDS, WHITE, background, guided, place
 from loop import read_state
@@ -82,25 +81,30 @@ def placements(row: int, count: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--placements", type=int, default=5, help="of each picture")
+    parser.add_argument("--placements", type=int, default=5, help="of each picture of a thing in things.txt")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that make guides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # of the CPU: the processes that make guides need the rest
-    rows = training_rows(load()[1])
+    items = load()[1]
+    pictures = training_rows(items)
+    counts = [args.placements if items[row].name in things() else 1 for row in pictures]
+    rows = np.repeat(pictures, counts).tolist()
     vae = finished_vae().to(args.device)
-    out = np.zeros((len(rows), args.placements, len(KINDS), 8, 16, 16), np.float16)
+    out = np.zeros((len(rows), len(KINDS), 8, 16, 16), np.float16)
+    done = 0
     # New processes, not forks: the parent holds threads of PyTorch.
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(partial(placements, count=args.placements), rows, chunksize=8)
-        for n, images in enumerate(made):
+        for images in pool.map(placements, pictures, counts, chunksize=8):
             latents = encode(vae, images.astype(np.float32) / 255)
-            out[n] = latents.numpy().reshape(out.shape[1:])
-            if n % 100 == 0:
-                print(f"{n} of {len(rows)} pictures", flush=True)
+            sheets = out[done : done + len(images) // len(KINDS)]
+            sheets[:] = latents.numpy().reshape(sheets.shape)
+            if done // 500 < (done := done + len(sheets)) // 500:
+                print(f"{done} of {len(rows)} sheets", flush=True)
     np.save(work_folder() / "latents.npy", out)
     write_json(rows, work_folder() / "latents.json")
-    print(f"{len(rows)} pictures, standard deviation {out[:, :, 0].astype(np.float32).std():.3f}")
+    deviation = out[:, 0].astype(np.float32).std()
+    print(f"{len(rows)} sheets of {len(pictures)} pictures, standard deviation {deviation:.3f}")
 
 
 if __name__ == "__main__":

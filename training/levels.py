@@ -41,9 +41,9 @@ def main() -> None:
     pipe = load_pipe(parser.parse_args().folder, "float32", "cpu")
     items, rows = load()[1], read_json(work_folder() / "latents.json")
     latents = np.load(work_folder() / "latents.npy", mmap_mode="r")
-    chosen = np.random.default_rng(0).choice(len(rows), COUNT, replace=False)
+    chosen = np.random.default_rng(0).choice(np.unique(rows, return_index=True)[1], COUNT, replace=False)
     true, blank = (
-        LATENT_SCALE * torch.from_numpy(latents[chosen, 0, KINDS.index(kind)].astype(np.float32))
+        LATENT_SCALE * torch.from_numpy(latents[chosen, KINDS.index(kind)].astype(np.float32))
         for kind in ("picture", "blank")
     )
     captions = [f"{items[rows[n]].name}, {items[rows[n]].style}" for n in chosen]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from captions import caption, starred
+from captions import caption, starred, things
 from data import SIZE, Item, load
 from guides import KINDS
 from latents import finished_vae
@@ -29,7 +29,10 @@ from sdedit.sheets import contact_sheet
 from words import LENGTH
 
 LATENT_SCALE = float(VAE["scaling_factor"])
-STARRED_WEIGHT = 15.0  # how much oftener a thing with a star is drawn: few things well, before many
+STARRED_WEIGHT = (
+    15.0  # how much oftener than others in things.txt a thing with a star is drawn: few things well, before many
+)
+OTHER_WEIGHT = 0.25  # and one that is not in things.txt: from those, styles are learned and what to do with any guide
 CENTRED_SHARE = 0.6  # of the samples: the picture as it is, not placed somewhere else
 NOISY_TIMES = 0.5  # the power that turns even noise levels into ones with more noise, where words decide
 GUIDE_SHARE = 0.6  # of the samples: the sampler that they stand for began with a guide
@@ -83,31 +86,35 @@ class Samples:
     """Draws a step's training samples: noisy latents, their times, the captions' ids and the v to predict.
 
     Args:
-        latents: (pictures, placements, kinds, 8, 16, 16), as `latents.py` writes them.
-        items: What each of those pictures shows.
+        latents: (sheets, kinds, 8, 16, 16), as `latents.py` writes them.
+        rows: Which of the items each sheet shows.
     """
 
-    def __init__(self, latents: np.ndarray, items: list[Item], words: CLIPTokenizer, size: int) -> None:
-        self.latents, self.items, self.words, self.size = latents, items, words, size
-        weight = np.array([STARRED_WEIGHT if item.name in starred() else 1.0 for item in items])
+    def __init__(
+        self, latents: np.ndarray, rows: list[int], items: list[Item], words: CLIPTokenizer, size: int
+    ) -> None:
+        self.latents, self.words, self.size = latents, words, size
+        shown, self.first, self.count = np.unique(rows, return_index=True, return_counts=True)
+        self.items = [items[row] for row in shown]
+        weight = np.array([weight_of(item) for item in self.items])
         self.chance = weight / weight.sum()
         self.same: dict[str, list[int]] = {}
-        for n, item in enumerate(items):
+        for n, item in enumerate(self.items):
             self.same.setdefault(item.code, []).append(n)
         self.objective = objective()
         kept = self.objective.alphas_cumprod.numpy()
         self.noise_to_signal = np.sqrt((1 - kept) / kept)
 
-    def scaled(self, row: int, placement: int, kind: int) -> np.ndarray:
-        return LATENT_SCALE * self.latents[row, placement, kind].astype(np.float32)
+    def scaled(self, picture: int, placement: int, kind: int) -> np.ndarray:
+        return LATENT_SCALE * self.latents[self.first[picture] + placement, kind].astype(np.float32)
 
-    def start(self, row: int, placement: int, time: int, rng: np.random.Generator) -> np.ndarray:
+    def start(self, picture: int, placement: int, time: int, rng: np.random.Generator) -> np.ndarray:
         """The latents that get the noise: the picture's own, or (part of the way to) those of a guide to it.
 
         A sampler that began with a guide at time s and knows the true picture treats what was wrong with the guide as
         noise. By DDIM's step, at time t as much of it is left as σ(t)/α(t) is of σ(s)/α(s).
         """
-        true = self.scaled(row, placement, 0)
+        true = self.scaled(picture, placement, 0)
         if rng.random() >= GUIDE_SHARE:
             return true
         began = time if rng.random() < FIRST_STEP else int(rng.integers(time, len(self.noise_to_signal)))
@@ -116,26 +123,35 @@ class Samples:
             return true
         kind = str(rng.choice(list(BEGINNINGS), p=shares / shares.sum()))
         if kind == "other style":
-            guide = self.scaled(int(rng.choice(self.same[self.items[row].code])), placement, 0)
+            guide = self.scaled(int(rng.choice(self.same[self.items[picture].code])), placement, 0)
         else:
-            guide = self.scaled(row, placement, int(rng.choice([n for n, name in enumerate(KINDS) if name == kind])))
+            guide = self.scaled(
+                picture, placement, int(rng.choice([n for n, name in enumerate(KINDS) if name == kind]))
+            )
         return true + (guide - true) * (self.noise_to_signal[time] / self.noise_to_signal[began])
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rng, generator = fresh_rng(2, step)
-        rows = rng.choice(len(self.items), self.size, p=self.chance)
-        placements = rng.integers(0, self.latents.shape[1], self.size) * (rng.random(self.size) >= CENTRED_SHARE)
+        pictures = rng.choice(len(self.items), self.size, p=self.chance)
+        placements = rng.integers(0, self.count[pictures]) * (rng.random(self.size) >= CENTRED_SHARE)
         total = len(self.noise_to_signal)
         times = ((spread_times(rng, self.size, total) / total) ** NOISY_TIMES * total).astype(np.int64)
-        starts = [self.start(r, p, t, rng) for r, p, t in zip(rows, placements, times, strict=True)]
-        clean = torch.from_numpy(np.stack([self.scaled(r, p, 0) for r, p in zip(rows, placements, strict=True)]))
-        ids = token_ids(self.words, [caption(self.items[row], rng) for row in rows])
+        starts = [self.start(n, p, t, rng) for n, p, t in zip(pictures, placements, times, strict=True)]
+        clean = torch.from_numpy(np.stack([self.scaled(n, p, 0) for n, p in zip(pictures, placements, strict=True)]))
+        ids = token_ids(self.words, [caption(self.items[n], rng) for n in pictures])
         start, levels = torch.from_numpy(np.stack(starts)), torch.from_numpy(times)
         noisy = self.objective.noisy(start, torch.randn(clean.shape, generator=generator), levels)
         alpha, sigma = self.objective.levels(levels)
         noise = (noisy - alpha * clean) / sigma  # as if all of it had been noise on the true picture
         target = self.objective.target(clean, noise, levels)
         return noisy.contiguous(memory_format=torch.channels_last), levels, ids, target
+
+
+def weight_of(item: Item) -> float:
+    """How often its pictures are drawn, as a multiple of those of a thing in things.txt without a star."""
+    if item.name in starred():
+        return STARRED_WEIGHT
+    return 1.0 if item.name in things() else OTHER_WEIGHT
 
 
 def token_ids(words: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -173,9 +189,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.backends.cuda.enable_flash_sdp(False)  # the plain attention is faster for 64 tokens, on the CPU too
-    items = load()[1]
-    items = [items[row] for row in read_json(work_folder() / "latents.json")]
-    samples = Samples(np.load(work_folder() / "latents.npy", mmap_mode="r"), items, tokenizer(), args.batch)
+    latents, rows = np.load(work_folder() / "latents.npy", mmap_mode="r"), read_json(work_folder() / "latents.json")
+    samples = Samples(latents, rows, load()[1], tokenizer(), args.batch)
     plan, loss = Plan(args.steps, args.rate, warm_up=300, fall=args.fall, muon=True), Loss()
     training = Training(new_denoiser().to(args.device), loss, samples, plan, work_folder() / "unet.pt")
 

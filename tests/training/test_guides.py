@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,4 +69,8 @@ def test_half_the_names_are_unseen_in_one_style() -> None:
     assert {style for _, style in missing} == {UNSEEN_STYLE}
     assert 0.4 < len(missing) / len(things()) < 0.6
     assert all(unseen(item(*pair)) for pair in missing)
-    assert not training_rows([item("no such thing")])
+
+
+def test_things_that_are_not_listed_are_learned_unless_held_out() -> None:
+    other = item("no such thing")
+    assert training_rows([other, dataclasses.replace(other, held_out=True), item()]) == [0, 2]
