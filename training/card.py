@@ -44,14 +44,14 @@ def rows(figures: dict[str, Any]) -> str:
         "transfer": "another style of it, strength 0.6",
         "transfer_guide": "these guides themselves, nothing drawn",
         "transfer_rest": "another style, the other names of the list",
-        "transfer_other": "another style, things not in the list",
+        "transfer_other": "another style, things that it was never shown",
         "strokes": "simulated strokes of it, strength 0.6",
         "strokes_guide": "these guides themselves, nothing drawn",
         "strokes_rest": "simulated strokes, the other names of the list",
         "words": "a white sheet, strength 1.0: words alone",
         "words_rest": "words alone, the other names of the list",
-        "seen": "another style of it, 0.6, names and style seen together",
-        "unseen": "the same, never seen together",
+        "seen": "another style than twemoji, to twemoji, names trained in it",
+        "unseen": "the same, names kept from training in it",
     }
     goals = {"transfer": (85, 90), "strokes": (80, None), "words": (80, None)}
     lines = []

@@ -24,6 +24,7 @@ from sdedit.models.vae import AutoencoderKL
 KL_WEIGHT = 1e-4  # of the mean over latent elements: keeps latents near a unit Gaussian, costs little sharpness
 LOG_WEIGHT = 0.1  # of the logarithm of the squared error, which is what PSNR measures
 EDGE_WEIGHT = 0.5
+LATENT_NOISE = 0.1  # deviation of noise on the latents, beside their own: the UNet will not hit them exactly either
 
 
 def to_tensor(batch: list[np.ndarray]) -> Tensor:
@@ -70,7 +71,7 @@ def loss(vae: AutoencoderKL, batch: Tensor, noise: Tensor) -> Tensor:
     """How far a batch comes back changed, and a little of how far its latents are from a unit Gaussian."""
     posterior = vae.encode(batch).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    difference = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float() - batch
+    difference = vae.decode(mean + (logvar.exp() + LATENT_NOISE**2).sqrt() * noise).sample.float() - batch
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     squared = difference.square().mean((1, 2, 3))
     near = difference.abs().mean() + LOG_WEIGHT * (squared + 1e-5).log().mean()
