@@ -34,7 +34,7 @@ STARRED_WEIGHT = (
 )
 OTHER_WEIGHT = 0.25  # and one that is not in things.txt: from those, styles are learned and what to do with any guide
 CENTRED_SHARE = 0.6  # of the samples: the picture as it is, not placed somewhere else
-NOISY_TIMES = 0.5  # the power that turns even noise levels into ones with more noise, where words decide
+NOISY_TIMES = 0.7  # the power that turns even noise levels into ones with more noise, where words decide
 GUIDE_SHARE = 0.6  # of the samples: the sampler that they stand for began with a guide
 FIRST_STEP = 0.4  # of those: it takes its first step, at the noise level where it began
 # Guides, each with the least noise level at which a sampler may begin with it and still be led to the true picture,
