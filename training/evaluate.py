@@ -113,11 +113,15 @@ def tests(make: Draws, learned: list[str], count: int) -> dict[str, tuple[list[D
     def taught(item: Item) -> bool:
         return item.name in most
 
+    def shown(item: Item) -> bool:
+        return taught(item) and not unseen(item.name, item.style)
+
     def rest(item: Item) -> bool:
         return item.name in known - most
 
     return {
         "transfer": (make.transfer(count, taught), 0.6),
+        "transfer_shown": (make.transfer(count, shown), 0.6),
         "transfer_rest": (make.transfer(half, rest), 0.6),
         "transfer_other": (make.transfer(half, lambda item: item.name not in known and item.held_out), 0.6),
         "strokes": (make.strokes(count, taught), 0.6),
@@ -125,10 +129,10 @@ def tests(make: Draws, learned: list[str], count: int) -> dict[str, tuple[list[D
         "words": (make.words(count, taught), 1.0),
         "words_rest": (make.words(half, rest), 1.0),
         "seen": (
-            make.transfer(half, lambda item: taught(item) and item.style == UNSEEN_STYLE and not unseen(item)),
+            make.transfer(half, lambda item: shown(item) and item.style == UNSEEN_STYLE),
             0.6,
         ),
-        "unseen": (make.transfer(half, lambda item: taught(item) and unseen(item)), 0.6),
+        "unseen": (make.transfer(half, lambda item: taught(item) and unseen(item.name, item.style)), 0.6),
     }
 
 

@@ -68,7 +68,7 @@ def test_half_the_names_are_unseen_in_one_style() -> None:
     missing = [(i.name, i.style) for i in items if (i.name, i.style) not in kept]
     assert {style for _, style in missing} == {UNSEEN_STYLE}
     assert 0.4 < len(missing) / len(things()) < 0.6
-    assert all(unseen(item(*pair)) for pair in missing)
+    assert all(unseen(*pair) for pair in missing)
 
 
 def test_things_that_are_not_listed_are_learned_unless_held_out() -> None:
