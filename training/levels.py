@@ -2,9 +2,10 @@
 
     python training/levels.py [FOLDER]
 
-For 96 pictures of the training, as they are, noised to several levels, and for empty sheets noised so: the mean square
-between the picture and what the UNet of the folder (src/sdedit/default_model) takes it for, in latents, with the
-right caption, with none, and with another picture's. What has learned its pictures by heart has 0 with the right one.
+For 96 pictures of what was taught most, as they are, noised to several levels, and for empty sheets noised so: the
+mean square between the picture and what the UNet of the folder (src/sdedit/default_model) takes it for, in latents,
+with the right caption, with none, and with another picture's. What has learned its pictures by heart has 0 with the
+right one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captions import starred
 from data import load
 from evaluate import load_pipe
 from guides import KINDS
@@ -41,7 +43,8 @@ def main() -> None:
     pipe = load_pipe(parser.parse_args().folder, "float32", "cpu")
     items, rows = load()[1], read_json(work_folder() / "latents.json")
     latents = np.load(work_folder() / "latents.npy", mmap_mode="r")
-    chosen = np.random.default_rng(0).choice(np.unique(rows, return_index=True)[1], COUNT, replace=False)
+    first = [n for n in np.unique(rows, return_index=True)[1] if items[rows[n]].name in starred()]
+    chosen = np.random.default_rng(0).choice(first, COUNT, replace=False)
     true, blank = (
         LATENT_SCALE * torch.from_numpy(latents[chosen, KINDS.index(kind)].astype(np.float32))
         for kind in ("picture", "blank")

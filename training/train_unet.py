@@ -29,10 +29,9 @@ from sdedit.sheets import contact_sheet
 from words import LENGTH
 
 LATENT_SCALE = float(VAE["scaling_factor"])
-STARRED_WEIGHT = (
-    15.0  # how much oftener than others in things.txt a thing with a star is drawn: few things well, before many
-)
-OTHER_WEIGHT = 0.25  # and one that is not in things.txt: from those, styles are learned and what to do with any guide
+# How much oftener than others in things.txt a thing with a star is drawn: few things well, before many. And one that is
+# not in things.txt: from those, styles are learned and what to do with any guide.
+STARRED_WEIGHT, OTHER_WEIGHT = 15.0, 0.25
 CENTRED_SHARE = 0.6  # of the samples: the picture as it is, not placed somewhere else
 NOISY_TIMES = 0.7  # the power that turns even noise levels into ones with more noise, where words decide
 GUIDE_SHARE = 0.6  # of the samples: the sampler that they stand for began with a guide
@@ -125,9 +124,8 @@ class Samples:
         if kind == "other style":
             guide = self.scaled(int(rng.choice(self.same[self.items[picture].code])), placement, 0)
         else:
-            guide = self.scaled(
-                picture, placement, int(rng.choice([n for n, name in enumerate(KINDS) if name == kind]))
-            )
+            alike = [n for n, name in enumerate(KINDS) if name == kind]
+            guide = self.scaled(picture, placement, int(rng.choice(alike)))
         return true + (guide - true) * (self.noise_to_signal[time] / self.noise_to_signal[began])
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
