@@ -268,7 +268,8 @@ def test_beta_quantile() -> None:
         lambda s: all(abs(a - b) > 0.3 for i, a in enumerate(s) for b in s[:i])
     ),
     log=st.booleans(),
-    ends=st.tuples(st.floats(0.1, 15), st.floats(0.1, 15)),
+    # Levels nearer than these differ by rounding alone, and so does the integral between them.
+    ends=st.tuples(st.floats(0.1, 15), st.floats(0.1, 15)).filter(lambda s: s[0] == s[1] or abs(s[0] - s[1]) > 0.01),
 )
 def test_integrals_of_polynomials(nodes: list[float], log: bool, ends: tuple[float, float]) -> None:
     """The weights integrate any polynomial of their degree, by comparison with Gauss and Legendre's rule."""
