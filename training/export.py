@@ -20,7 +20,7 @@ from latents import finished_vae
 from loop import read_state
 from model import SCHEDULER, UNET, VAE, averaged, new_denoiser, start_folder, tokenizer
 from paths import EXPORT, read_json, work_folder, write_json
-from sdedit.finetune.objective import Denoiser
+from sdedit.apps.finetune.objective import Denoiser
 
 LAYOUT = {
     "_class_name": "StableDiffusionImg2ImgPipeline",

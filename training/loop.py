@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from optimizers import optimizers
+from sdedit.apps.finetune.workers import Workers
 from sdedit.files import write_atomically
-from sdedit.finetune.workers import Workers
 
 SAVE_SECONDS = 180.0
 

@@ -17,8 +17,8 @@ from loop import Plan, Training
 from model import VAE, new_vae
 from paths import work_folder
 from report import Report
-from sdedit.finetune.objective import fresh_rng
-from sdedit.finetune.stopping import Stop
+from sdedit.apps.finetune.objective import fresh_rng
+from sdedit.apps.finetune.stopping import Stop
 from sdedit.models.vae import AutoencoderKL
 
 KL_WEIGHT = 1e-4  # of the mean over latent elements: keeps latents near a unit Gaussian, costs little sharpness

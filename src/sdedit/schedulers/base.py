@@ -208,7 +208,7 @@ class Scheduler(Plan):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the UNet is to see of the sample: x itself, also where the sample is x/α; (B, C, H, W) both."""
-        if not self.exploding:
+        if not self.in_sigma_space:
             return sample
         index = self._enter(timestep)
         return sample * self.rows(self._first)[index - self._first].scale

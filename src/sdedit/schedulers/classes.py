@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdedit.noise import Generator
-from sdedit.schedulers import exploding, log_snr, training_steps
+from sdedit.schedulers import log_snr, sigma_space, training_steps
 from sdedit.schedulers.base import Scheduler, SchedulerOutput, mix
 from sdedit.schedulers.brownian import BrownianPath
 from sdedit.schedulers.schedule import Grid
@@ -114,7 +114,7 @@ class TCDScheduler(TrainingStepScheduler, training_steps.TCD):
         return self._advance(model_output, timestep, sample, return_dict, generator, eta=float(eta))
 
 
-class EulerDiscreteScheduler(Scheduler, exploding.EulerDiscrete):
+class EulerDiscreteScheduler(Scheduler, sigma_space.EulerDiscrete):
     """Euler's method, with optional churn (arXiv 2206.00364)."""
 
     def step(  # type: ignore[override]
@@ -135,13 +135,13 @@ class EulerDiscreteScheduler(Scheduler, exploding.EulerDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, generator, **options)
 
 
-class EulerAncestralDiscreteScheduler(Scheduler, exploding.EulerAncestralDiscrete):
+class EulerAncestralDiscreteScheduler(Scheduler, sigma_space.EulerAncestralDiscrete):
     """Euler's method with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class LMSDiscreteScheduler(Scheduler, exploding.LMSDiscrete):
+class LMSDiscreteScheduler(Scheduler, sigma_space.LMSDiscrete):
     """Linear multistep (k-diffusion's `lms`)."""
 
     def step(  # type: ignore[override]
@@ -153,21 +153,21 @@ class LMSDiscreteScheduler(Scheduler, exploding.LMSDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, order=int(order))
 
 
-class HeunDiscreteScheduler(Scheduler, exploding.HeunDiscrete):
+class HeunDiscreteScheduler(Scheduler, sigma_space.HeunDiscrete):
     """Heun's method (arXiv 2206.00364)."""
 
 
-class KDPM2DiscreteScheduler(Scheduler, exploding.KDPM2Discrete):
+class KDPM2DiscreteScheduler(Scheduler, sigma_space.KDPM2Discrete):
     """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927)."""
 
 
-class KDPM2AncestralDiscreteScheduler(Scheduler, exploding.KDPM2AncestralDiscrete):
+class KDPM2AncestralDiscreteScheduler(Scheduler, sigma_space.KDPM2AncestralDiscrete):
     """DPM-Solver-2 with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DPMSolverSDEScheduler(Scheduler, exploding.DPMSolverSDE):
+class DPMSolverSDEScheduler(Scheduler, sigma_space.DPMSolverSDE):
     """DPM-Solver++ SDE on one Brownian path (arXiv 2211.01095); needs torchsde."""
 
     def _set_grid(self, grid: Grid, steps: int | None) -> None:

@@ -56,7 +56,7 @@ class Plan(Configurable):
     solver: ClassVar[Callable[..., Row]]
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     layouts: ClassVar[tuple[str, ...]] = ()  # what `lay_out` takes beside the number
-    exploding: ClassVar[bool] = False  # the sample is x/α
+    in_sigma_space: ClassVar[bool] = False  # the sample is x/α
     memoryless: ClassVar[bool] = False  # no row needs those before it, so `step` takes any of the timesteps
     complete: ClassVar[bool] = False  # `step` works without `set_timesteps`, over all training steps
     keep_signal: ClassVar[bool] = True  # the solver divides by α, so zero SNR is kept just above zero
@@ -183,7 +183,7 @@ class Plan(Configurable):
     def levels(self, places: Sequence[int]) -> tuple[s.Array, s.Array]:
         """Weights of the image and of the noise in the sample at places of the grid, (n,) each."""
         sigmas = self._grid.sigmas[list(places)]
-        alpha = np.ones_like(sigmas) if self.exploding else (1 + sigmas**2) ** -0.5
+        alpha = np.ones_like(sigmas) if self.in_sigma_space else (1 + sigmas**2) ** -0.5
         return alpha, sigmas * alpha
 
     def levels_seen(self, places: Sequence[int]) -> tuple[s.Array, s.Array]:
@@ -197,8 +197,8 @@ class Plan(Configurable):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the noise that a run from nothing starts with."""
-        most = float(self._grid.sigmas.max()) if self.exploding else 1.0
-        ends = not self.exploding or self.config.timestep_spacing in ("linspace", "trailing")
+        most = float(self._grid.sigmas.max()) if self.in_sigma_space else 1.0
+        ends = not self.in_sigma_space or self.config.timestep_spacing in ("linspace", "trailing")
         return most if ends else math.sqrt(most**2 + 1)
 
     def __len__(self) -> int:

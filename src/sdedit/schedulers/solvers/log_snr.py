@@ -25,7 +25,7 @@ import numpy as np
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Array, Run
 from sdedit.schedulers.solvers import levels, preserving
-from sdedit.schedulers.solvers.exploding import lagrange_integrals
+from sdedit.schedulers.solvers.sigma_space import lagrange_integrals
 
 
 def _row(run: Run, i: int, *, of_x0: bool) -> Row:

@@ -1,0 +1,34 @@
+"""A folder of small pictures, and a quick way to train on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import picture
+from sdedit.apps.finetune import Samples, train_lora
+
+QUICK = {"steps": 4, "batch_size": 2, "rank": 4, "learning_rate": 1e-2, "warmup": 1}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three pictures whose names are their captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, name in enumerate(("red_apple", "a cat-1", "a cat-2")):
+        picture(70 + 9 * seed, 64, seed=seed).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def train(pipe: Any, pictures: Path, tmp_path: Path) -> Any:
+    """`train_lora` on these pictures, in few steps and without samples, unless told otherwise."""
+
+    def call(output: str = "lora.safetensors", *, pipe: Any = pipe, folder: Path = pictures, **more: Any) -> Any:
+        quiet = {"samples": Samples([]), "progress_bar": False}
+        return train_lora(pipe, folder, tmp_path / output, **quiet | QUICK | more)
+
+    return call
