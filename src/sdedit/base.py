@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL.Image import Image
@@ -14,9 +14,7 @@ from tqdm.auto import tqdm
 from sdedit.adapters.ip_adapter import IPAdapterLoader
 from sdedit.adapters.lora import LoraLoader
 from sdedit.adapters.textual_inversion import TextualInversionLoader
-from sdedit.apps.composite import Composite, composite
-from sdedit.apps.search import Found, search
-from sdedit.apps.sweep import STRENGTHS, Sweep, sweep
+from sdedit.config import later
 from sdedit.inputs.image_prompts import ImagePrompts
 from sdedit.inputs.text_prompts import TextPrompts
 from sdedit.loading.folders import COMPONENTS
@@ -24,6 +22,11 @@ from sdedit.loading.pretrained import load_components, save_components
 from sdedit.models.adapters import set_aside
 from sdedit.models.offload import execution_device, refuse
 from sdedit.options import Options
+
+if TYPE_CHECKING:
+    from sdedit.apps.composite import Composite
+    from sdedit.apps.search import Found
+    from sdedit.apps.sweep import Sweep
 
 
 class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Options):
@@ -102,12 +105,12 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         self,
         image: Image,
         prompt: str,
-        strengths: Sequence[float] = STRENGTHS,
+        strengths: Sequence[float] | None = None,
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> Sweep:
         """Draw an image at several strengths in one batch, from the same noise: see `sdedit.apps.sweep`."""
-        return sweep(self, image, prompt, strengths, generator, **settings)
+        return later("sdedit.apps.sweep:sweep")(self, image, prompt, strengths, generator, **settings)
 
     def composite(
         self,
@@ -119,11 +122,11 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         **options: Any,
     ) -> Composite:
         """Paste cut-outs into a picture and make them one with it: see `sdedit.apps.composite`."""
-        return composite(self, background, cutouts, prompt, at, scale, **options)
+        return later("sdedit.apps.composite:composite")(self, background, cutouts, prompt, at, scale, **options)
 
     def search(self, image: Image, prompt: str, faithful: float = 0.9, **options: Any) -> Found:
-        """Find the largest strength that is still faithful, or the one that somebody picks: see `sdedit.apps.search`."""
-        return search(self, image, prompt, faithful, **options)
+        """Find the largest strength that is still faithful, or the one that somebody picks: see `apps.search`."""
+        return later("sdedit.apps.search:search")(self, image, prompt, faithful, **options)
 
     @classmethod
     def from_pretrained(

@@ -70,7 +70,7 @@ def sweep(
     pipe: Any,
     image: Image.Image,
     prompt: str,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
     **settings: Any,
 ) -> Sweep:
@@ -79,11 +79,13 @@ def sweep(
     Args:
         pipe: The pipeline.
         image: A PIL image.
+        strengths: In [0, 1]; `STRENGTHS` if not given.
         generator: Its state is where the noise of each picture begins; it is not moved on.
         **settings: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
     """
     if not isinstance(image, Image.Image) or not isinstance(prompt, str):
         raise ValueError("sweep: expected one PIL image and one prompt")
+    strengths = STRENGTHS if strengths is None else strengths
     if not strengths:
         raise ValueError("strengths: none; expected at least one number from 0 to 1")
     if generator is None:
