@@ -61,7 +61,8 @@ def read_folder(folder: Path, pattern: str = "{}") -> list[Example]:
         raise (NotADirectoryError if folder.exists() else FileNotFoundError)(
             f"{folder}: expected a folder with pictures to learn from"
         )
-    pictures, counted = _pictures(folder), {}
+    pictures = _pictures(folder)
+    counted: dict[Path, int] = {}
     if "{}" not in pattern:
         captions = dict.fromkeys(pictures, "")
     elif metadata := [folder / name for name in METADATA if (folder / name).is_file()]:
