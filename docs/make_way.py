@@ -11,7 +11,7 @@ import torch
 from sdedit import StableDiffusionImg2ImgPipeline, framed, open_image
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 STRENGTH, STEPS = 0.65, 20

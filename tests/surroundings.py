@@ -8,7 +8,19 @@ import shutil
 import tempfile
 
 # Settings of the libraries that are used; some are read once, when a library is imported.
-PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "OMP_", "MKL_", "KMP_", "JAX_", "XLA_", "TQDM_", "MPL")
+PREFIXES = (
+    "HF_",
+    "HUGGINGFACE_",
+    "TRANSFORMERS_",
+    "DIFFUSERS_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "JAX_",
+    "XLA_",
+    "TQDM_",
+    "MPL",
+)
 NAMES = ("FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PYTHONWARNINGS")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
 _MARK = "SDEDIT_TESTS_HOME"  # workers of one run share a home
