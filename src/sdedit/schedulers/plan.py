@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sdedit.config import Configurable
+from sdedit.config import Configurable, later
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers import schedule as s
 from sdedit.schedulers.rows import Row
@@ -209,12 +209,10 @@ class Plan(Configurable):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
         """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        from sdedit.loading.folders import find_folder
-        from sdedit.loading.sources import HUB_ARGUMENTS
-
-        hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}
+        hub_arguments = later("sdedit.loading.hub:HUB_ARGUMENTS")
+        hub = {name: overrides.pop(name) for name in hub_arguments & set(overrides)}
         here = Path(pretrained_model_name_or_path)
-        here = here if here.exists() else find_folder(here.as_posix(), components=(), **hub)
+        here = here if here.exists() else later("sdedit.loading.hub:find_folder")(here.as_posix(), components=(), **hub)
         return cls.from_config(here / (subfolder or ""), **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
