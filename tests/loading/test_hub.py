@@ -177,8 +177,6 @@ def test_parts_of_a_model_and_what_the_hub_does_not_have(hub: Hub, tmp_path: Pat
 
         said = user("pipe('owner/nothing')")
         assert said.startswith("FileNotFoundError owner/nothing is no file or folder here, and could not be had")
-            "FileNotFoundError owner/nothing is no file or folder here, and could not be had from the hub"
-        )
         (hub.folder / "vae/diffusion_pytorch_model.safetensors").unlink()
         said = user(f"pipe('owner/model', {cache('c')})")
         assert said.startswith("FileNotFoundError") and "vae has no weights" in said
