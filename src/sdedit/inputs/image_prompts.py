@@ -118,7 +118,8 @@ class ImageEmbeds:
 
 
 def _spread(embeds: Tensor, halves: int) -> Tensor:
-    return embeds if embeds.shape[1] == halves else embeds.expand(-1, halves, *embeds.shape[2:])
+    """(B, 1 or 2, …) with so many halves: of two the last one, of one the same twice."""
+    return embeds[:, -halves:].expand(-1, halves, *embeds.shape[2:])
 
 
 def _checked(embeds: Any, layer: Any, halves: int) -> Tensor:

@@ -213,7 +213,7 @@ class Run:
         kept = [(part, end) for part, end in zip(self.parts, ends, strict=True) if end - 1 in pictures]
         if [i for part, end in kept for i in range(end - part.pictures, end)] != list(pictures):
             raise ValueError(
-                f"pictures={list(pictures)}; expected all of a part or none, in order: parts {self._sizes}"
+                f"pictures={list(pictures)}; expected all of a part or none, in order, of {self._sizes}"
             )
         return Run([part for part, _ in kept])
 
