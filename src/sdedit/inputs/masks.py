@@ -122,7 +122,7 @@ class Keep:
         return Keep(self.calls, *(None if t is None else t.to(dtype) for t in (self.clean, self.noise)))
 
     def restored(self, run: Run, latents: Tensor) -> tuple[Tensor, Keep]:
-        """After a call, latents (B, C, h, w) with the source at the level reached where it stays; and what stays now."""
+        """After a call, latents (B, C, h, w) with the source at their level where it stays; and what stays from now."""
         if self.calls is None or self.clean is None or self.noise is None:
             return latents, self
         source = run.noised(self.clean, self.noise)

@@ -101,6 +101,7 @@ class Turns(Offload):
             model.to(self.device)
 
     def rest(self) -> None:
+        """Send all home."""
         with self._turn:
             self._send_home()
 
@@ -112,6 +113,7 @@ class Turns(Offload):
             torch.accelerator.empty_cache()
 
     def end(self) -> None:
+        """See `Offload`."""
         self.rest()
         super().end()
 
@@ -139,6 +141,7 @@ class Layers(Offload):
         self._call_in_turns()
 
     def end(self) -> None:
+        """Put the weights back into the networks, on the CPU."""
         from accelerate.hooks import remove_hook_from_module
 
         super().end()

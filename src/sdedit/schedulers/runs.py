@@ -212,9 +212,7 @@ class Run:
         ends = np.cumsum(self._sizes).tolist()
         kept = [(part, end) for part, end in zip(self.parts, ends, strict=True) if end - 1 in pictures]
         if [i for part, end in kept for i in range(end - part.pictures, end)] != list(pictures):
-            raise ValueError(
-                f"pictures={list(pictures)}; expected all of a part or none, in order, of {self._sizes}"
-            )
+            raise ValueError(f"pictures={list(pictures)}; expected all of a part or none, in order, of {self._sizes}")
         return Run([part for part, _ in kept])
 
     @property
