@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL.Image import Image
@@ -32,23 +31,6 @@ if TYPE_CHECKING:
     from sdedit.apps.composite import Composite
     from sdedit.apps.search import Found
     from sdedit.apps.sweep import Sweep
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def inference(method: F) -> F:
-    """A pipeline's call: one of `Calls`, without gradients; after it networks that came to the device go home."""
-
-    @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._calls.begin(), torch.no_grad():
-            try:
-                return method(self, *args, **kwargs)
-            finally:
-                self.maybe_free_model_hooks()
-
-    return wrapped  # type: ignore[return-value]
 
 
 class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):

@@ -6,13 +6,14 @@ several threads share nothing, and batches under way are put together and taken 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.masks import Keep
 from sdedit.inputs.prompts import guidance_scale_embedding
 from sdedit.schedulers.runs import Run
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -276,3 +279,17 @@ class Calls:
         here = self.here
         for call in [here] if here else list(self._running):
             call.interrupt = True
+
+
+def inference(method: F) -> F:
+    """A pipeline's call: one of `Calls`, without gradients; after it networks that came to the device go home."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.begin(), torch.no_grad():
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.maybe_free_model_hooks()
+
+    return wrapped  # type: ignore[return-value]

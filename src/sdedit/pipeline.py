@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sdedit import denoising
-from sdedit.base import Pipeline, inference
-from sdedit.denoising import Call, Guidance, State
+from sdedit.base import Pipeline
+from sdedit.denoising import Call, Guidance, State, inference
 from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.images import ImageInput, Images, pad_to_multiple, read_images, write_images
