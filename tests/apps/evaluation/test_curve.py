@@ -82,6 +82,18 @@ def test_each_point_is_what_the_call_draws(pipe: Any, inputs: Inputs, tmp_path: 
         assert row.pictures == 3 and row.l2_low <= row.l2 <= row.l2_high
 
 
+def test_strengths_that_are_almost_alike_are_drawn_apart(pipe: Any, inputs: Inputs, tmp_path: Path) -> None:
+    rows = evaluate(pipe, inputs, (0.5, 0.5004), folder=tmp_path / "drawn", **SETTINGS)
+    assert [row.strength for row in rows if row.what == "drawn"] == [0, 0.5, 0.5004]
+    assert {path.name for path in (tmp_path / "drawn").iterdir() if path.name.startswith("strength")} == {
+        "strength 0.000",
+        "strength 0.500",
+        "strength 0.5004",
+    }
+    near, far = (len(list((tmp_path / "drawn" / f"strength {s}").glob("*.png"))) for s in ("0.500", "0.5004"))
+    assert near == far == len(inputs.names)
+
+
 def test_it_goes_on_where_it_stopped(pipe: Any, inputs: Inputs, tmp_path: Path) -> None:
     def stop_after_two(batches: Any) -> Any:
         yield from list(batches)[:2]

@@ -1,4 +1,4 @@
-"""A folder of small pictures, and a quick way to train on it."""
+"""A quick way to train on the folder of small pictures."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from typing import Any
 
 import pytest
 
-from conftest import picture
 from sdedit.apps.finetune import Samples, train_lora
 
 QUICK = {"steps": 4, "batch_size": 2, "rank": 4, "learning_rate": 1e-2, "warmup": 1}
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three pictures whose names are their captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for seed, name in enumerate(("red_apple", "a cat-1", "a cat-2")):
-        picture(70 + 9 * seed, 64, seed=seed).save(folder / f"{name}.png")
-    return folder
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,9 +21,10 @@ from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.apps.finetune import Samples, Settings
 from sdedit.apps.finetune import pictures as shown
 from sdedit.apps.finetune import train as train_module
-from sdedit.apps.finetune.dataset import encode_pictures, read_folder
+from sdedit.apps.finetune.dataset import encode_pictures
 from sdedit.apps.finetune.layers import trainable
 from sdedit.apps.finetune.objective import Objective
+from sdedit.apps.folders import read_folder
 
 EVERYWHERE = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "conv_out", "proj_in", "proj_out")
 
@@ -194,6 +196,29 @@ def test_a_kill_between_saves_goes_on_from_the_last_one(train, monkeypatch):
         with pytest.raises(MemoryError):
             train(steps=6, every=2)
     assert contents(train(steps=6, every=2)) == contents(whole)
+
+
+def test_a_restart_that_is_killed_before_its_first_save_is_not_taken_for_the_run_before_it(train, monkeypatch):
+    train(steps=4, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdedit.apps.finetune.train.Batches.draw", fails_at(1, train_module.Batches.draw))
+        with pytest.raises(MemoryError):
+            train(steps=4, seed=1, restart=True)
+    again = []
+    real = train_module.Batches.draw
+    monkeypatch.setattr("sdedit.apps.finetune.train.Batches.draw", lambda self, at: again.append(at) or real(self, at))
+    assert train(steps=4, seed=1).finished
+    assert again == [0, 1, 2, 3]
+
+
+def test_two_runs_do_not_write_to_one_place(train, tmp_path):
+    (tmp_path / "lora-training").mkdir()
+    with (
+        FileLock(tmp_path / "lora-training" / ".lock"),
+        pytest.raises(ValueError, match="another run is writing there"),
+    ):
+        train()
+    assert train().finished
 
 
 def fails_at(step, draw):

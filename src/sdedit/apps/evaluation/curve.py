@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdedit.apps.evaluation.distance import counts, distance_interval, kernel_distance, mean_interval, pair_terms
 from sdedit.apps.evaluation.features import wavelet_features
-from sdedit.apps.finetune.dataset import fitted, read_folder
+from sdedit.apps.folders import fitted, read_folder
 from sdedit.apps.measures import l2_distance
 from sdedit.apps.strokes import simulate_strokes
 from sdedit.apps.sweep import STRENGTHS
@@ -134,7 +134,7 @@ def evaluate(
     _claim(folder, {"seed": seed, **settings, **_identity(pipe, inputs)})
     # Each as (file, image to start from, number of the picture, strength).
     jobs = [
-        (folder / f"strength {s:.3f}" / f"{name}.png", guide, i, s)
+        (folder / _level_name(s) / f"{name}.png", guide, i, s)
         for s in levels
         for i, (name, guide) in enumerate(zip(inputs.names, inputs.guides, strict=True))
     ]
@@ -153,6 +153,12 @@ def evaluate(
             **{("drawn", s): [open_image(path) for path, _, _, at in jobs if at == s] for s in levels},
         },
     )
+
+
+def _level_name(strength: float) -> str:
+    """A folder's name, another one for every other strength."""
+    short = f"{strength:.3f}"
+    return f"strength {short if float(short) == strength else repr(strength)}"
 
 
 def _draw(pipe: Any, prompts: Sequence[str], jobs: Sequence[Any], seed: int, settings: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdedit.apps.finetune.dataset import Example
 from sdedit.apps.finetune.settings import Settings
+from sdedit.apps.folders import Example
 from sdedit.apps.sheets import contact_sheet
 from sdedit.files import write_atomically
 

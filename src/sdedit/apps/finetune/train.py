@@ -7,24 +7,27 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sdedit.apps.finetune import checkpoint
-from sdedit.apps.finetune.dataset import Example, Latents, encode_pictures, read_folder
+from sdedit.apps.finetune.dataset import Latents, encode_pictures
 from sdedit.apps.finetune.layers import trainable, write_lora
 from sdedit.apps.finetune.objective import Denoiser, Objective, fresh_rng, shuffled, spread_times
 from sdedit.apps.finetune.pictures import Samples, plot_losses, running_mean
 from sdedit.apps.finetune.settings import Settings
 from sdedit.apps.finetune.stopping import Stop
 from sdedit.apps.finetune.workers import Workers
+from sdedit.apps.folders import Example, read_folder
 from sdedit.inputs import checks, prompts
 from sdedit.models import adapters
 from sdedit.models.attention_options import fused
@@ -95,7 +98,8 @@ def train_lora(
     examples = read_folder(Path(folder), asked.caption)
     run = _Run(pipe, asked, examples, output, every=every, samples=samples or Samples(), size=size)
     run.check_place(Path(folder), restart)
-    with trainable(pipe, asked) as learning:
+    with trainable(pipe, asked) as learning, run.alone():
+        run.check_place(Path(folder), restart)  # another run may have ended since
         progress = run.start(learning, restart)
         if progress.step < asked.steps:
             run.train(progress, progress_bar)
@@ -186,18 +190,39 @@ class _Run:
         elif self.output.exists():
             raise ValueError(f"{self.output} exists, without {self.checkpoint} to go on from: name another, or restart")
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from the same place; the system lets go of it if this one is killed."""
+        self.folder.mkdir(exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"output {self.output}: another run is writing there at this moment; wait for it, or name another"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def start(self, learning: dict[str, nn.Parameter], restart: bool) -> checkpoint.Progress:
-        """The optimizer, and the progress of an earlier run if there was one."""
+        """The optimizer, and the progress of an earlier run if there was one.
+
+        A run begins with a checkpoint of no updates: one that is killed before its first save is not taken for the
+        one before it.
+        """
         self.learning = learning
         self.optimizer = torch.optim.AdamW(learning.values(), lr=self.settings.learning_rate, weight_decay=0.01)
         if self.checkpoint.exists() and not restart:
             return checkpoint.load(self.checkpoint, learning, self.optimizer)
-        return checkpoint.Progress()
+        progress = checkpoint.Progress()
+        checkpoint.save(self.checkpoint, learning, self.optimizer, progress, self.asked)
+        return progress
 
     def train(self, progress: checkpoint.Progress, progress_bar: bool) -> None:
         """Updates until all are made or a stop is asked for, with a save every so often."""
         s = self.settings
-        self.folder.mkdir(exist_ok=True)
         batches = self.prepare(progress_bar)
         dtype = torch.bfloat16 if s.precision == "bfloat16" else None
         model = Denoiser(self.pipe.unet, self.pipe.text_encoder if s.text_encoder else None)
