@@ -29,7 +29,8 @@ from PIL import Image
 from sdedit import StableDiffusionImg2ImgPipeline
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained(torch_dtype=torch.bfloat16)
 pipe.set_progress_bar_config(disable=True)
-image = Image.new("RGB", (128, 128), "teal")
+side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+image = Image.new("RGB", (side, side), "teal")
 took, end = [], time.perf_counter() + float(sys.argv[1])
 while len(took) < 4 or (time.perf_counter() < end and len(took) < 40):
     start = time.perf_counter()

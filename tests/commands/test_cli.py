@@ -220,14 +220,12 @@ def test_every_package_that_an_extra_brings_is_named(work: Path) -> None:
 
     from sdedit.commands.cli import EXTRAS
 
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module = {"scikit-image": "skimage"}
     brought = {
         module.get(name := package.partition(">")[0], name): extra
         for extra in ("sde", "lora", "offload", "images", "plot", "flax")
-        for package in extras[extra]
+        for package in project["optional-dependencies"][extra]
     }
     assert brought == EXTRAS
 

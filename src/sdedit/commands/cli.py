@@ -46,7 +46,7 @@ EXTRAS = {
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)
 # How long threads of OpenMP wait by spinning, by library: libgomp (in rounds), LLVM's and Intel's (in ms).
 # Without a bound they spin for each other when other programs use the cores; benchmarks/busy.py found this one.
-SPIN = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+SPIN = {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}
 
 
 @app.callback(invoke_without_command=True)

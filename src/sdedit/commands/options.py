@@ -45,31 +45,19 @@ def command(
     """Make a command of a function: each parameter that is a dataclass gives way to that dataclass's annotated fields.
 
     Args:
-        without: Fields that this command has no option for; they keep their default.
+        without: Fields that this command has no option for, or `parameter.field`; they keep their default.
         changes: A dataclass whose fields become options without a default. Those that were given come as `**kwargs`,
             an empty text or list as the field's own default.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(function, include_extras=True)
-        parameters: list[inspect.Parameter] = []
-        parts: dict[str, tuple[type, list[str]]] = {}
-        for parameter in inspect.signature(function).parameters.values():
-            kind = changes if parameter.kind is parameter.VAR_KEYWORD else hints[parameter.name]
-            if kind is None or not dataclasses.is_dataclass(kind):
-                parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
-                continue
-            fields = [f for f in annotated(kind) if f.name not in {*without, *(p.name for p in parameters)}]
-            parameters += [_changed(f) if kind is changes else f for f in fields]
-            parts[parameter.name] = kind, [f.name for f in fields]
-        parameters.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=_DEBUG, default=False))
+        parameters, parts = _expanded(function, without, changes)
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
             del given["debug"]
             for parameter in parameters:
-                if parameter.name in given:
-                    _refuse_infinite(parameter, given[parameter.name])
+                _refuse_infinite(parameter, given.get(parameter.name))
             for name, (kind, fields) in parts.items():
                 values = {field: given.pop(field) for field in fields}
                 if kind is changes:
@@ -83,6 +71,26 @@ def command(
         return run
 
     return decorate
+
+
+def _expanded(
+    function: Callable[..., None], without: Collection[str], changes: type | None
+) -> tuple[list[inspect.Parameter], dict[str, tuple[type, list[str]]]]:
+    """The parameters of a command, and by name of the function's own which fields of which dataclass each takes."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    parts: dict[str, tuple[type, list[str]]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = changes if parameter.kind is parameter.VAR_KEYWORD else hints[parameter.name]
+        if kind is None or not dataclasses.is_dataclass(kind):
+            parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+            continue
+        left_out = {*without, *(p.name for p in parameters)}
+        fields = [f for f in annotated(kind) if not {f.name, f"{parameter.name}.{f.name}"} & left_out]
+        parameters += [_changed(f) if kind is changes else f for f in fields]
+        parts[parameter.name] = kind, [f.name for f in fields]
+    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=_DEBUG, default=False)
+    return [*parameters, debug], parts
 
 
 def annotated(kind: Any) -> tuple[inspect.Parameter, ...]:
@@ -138,7 +146,8 @@ def _read(kind: type, name: str, typed: Any) -> Any:
 
 def _changed_to(kind: type, name: str, typed: Any) -> Any:
     """Likewise; an empty text takes away what was there."""
-    return getattr(kind(), name) if typed in ("", [""]) else _read(kind, name, typed)
+    empty = typed == "" or (isinstance(typed, list) and typed[-1] in ("", ("", 1.0)))
+    return getattr(kind(), name) if empty else _read(kind, name, typed)
 
 
 def _refuse_infinite(parameter: inspect.Parameter, value: Any) -> None:

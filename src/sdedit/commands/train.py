@@ -17,7 +17,7 @@ app = typer.Typer(help="Teach a model something new.", no_args_is_help=True, ric
 
 
 @app.command()
-@command(without=("size",))
+@command(without=("place.size",))
 def lora(
     folder: Annotated[
         Path,
