@@ -81,6 +81,6 @@ def test_weights(text, want):
 
 def test_settings_survive_their_text():
     settings = PictureSettings(
-        prompt="a cat", lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)]
+        prompt="a cat", steps=9, lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)]
     )
     assert from_text(to_text(settings)) == settings
