@@ -121,7 +121,6 @@ def test_a_picture_that_would_be_a_folder(work: Path, count: int) -> None:
     [
         (("--strength", "nan"), "'--strength'"),
         (("--guidance", "inf"), "--guidance inf; expected a finite number"),
-        (("--max-megapixels", "inf"), "--max-megapixels inf; expected a finite number"),
         (("--size", "8x4"), "--size 8x4; expected at least 8"),
         (("--size", "99999x99999"), "--size 99999x99999; expected at most 100 megapixels"),
         (("--lora", "x:nan"), "--lora x:nan; expected a finite weight"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,12 +60,12 @@ def make_pictures(settings: PictureSettings, guide: Image, output: Path, count: 
 
 
 def open_guide(image: str | Path | None, place: Place) -> Image:
-    """The input image."""
-    from sdedit.inputs.pixels import open_image
+    """The input image: upright, RGB or RGBA, in the colours of its profile if it has one; `-` is the standard input."""
+    from sdedit.inputs.pixels import open_image, rgb
 
     if image is None:
         raise ValueError("no input image; expected its path")
-    return open_image(image, place.max_pixels)
+    return rgb(open_image(image, place.max_pixels, keep_profile=True), keep_profile=True)
 
 
 def read_masks(settings: PictureSettings, guide: Image) -> dict[str, Any]:
@@ -73,13 +74,10 @@ def read_masks(settings: PictureSettings, guide: Image) -> dict[str, Any]:
     given = {name: (option, file) for name, (option, file) in options.items() if file is not None}
     if not given:
         return {}
-    from PIL import ImageOps
-
     from sdedit.inputs.masks import read_mask
     from sdedit.inputs.pixels import open_image
 
-    size = ImageOps.exif_transpose(guide).size
-    return {name: read_mask(option, open_image(file), size) for name, (option, file) in given.items()}
+    return {name: read_mask(option, open_image(file), guide.size) for name, (option, file) in given.items()}
 
 
 def ready(settings: PictureSettings, guide: Image, place: Place) -> tuple[Backend, Image]:
@@ -284,7 +282,7 @@ def asked_size(place: Place) -> tuple[int, int] | str:
         raise ValueError(f"--size {place.size}; expected WIDTHxHEIGHT such as 512x512, original or auto") from None
     if min(width, height) < 8:
         raise ValueError(f"--size {place.size}; expected at least 8 on each side")
-    if width * height > place.max_pixels:
+    if width * height > (place.max_pixels or math.inf):
         raise ValueError(
             f"--size {place.size}; expected at most {place.max_megapixels:g} megapixels, or more --max-megapixels"
         )
@@ -297,11 +295,9 @@ def resized(image: Image, size: tuple[int, int] | str, pipe: Any, frame: bool = 
     With `frame`, the drawing is first brought to the middle of a sheet that it fills: small models know such sheets.
     """
     from PIL import Image as PIL
-    from PIL import ImageOps
 
     from sdedit.apps.framing import framed
 
-    image = ImageOps.exif_transpose(image)
     if frame and (sheet := framed(image)) is not image:
         say(f"the drawing is brought to the middle of a sheet of {sheet.width}×{sheet.height} (--size original: not)")
         image = sheet
@@ -321,6 +317,4 @@ def resized(image: Image, size: tuple[int, int] | str, pipe: Any, frame: bool = 
     else:
         assert isinstance(size, tuple)
         target = size
-    if image.mode in ("1", "P"):  # these cannot be interpolated
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     return image.resize(target, PIL.Resampling.LANCZOS)

@@ -31,12 +31,14 @@ class Place:
     size: Annotated[
         str, typer.Option(help="WxH, or 'original'; 'auto' brings images far from the model's own size near it.")
     ] = "auto"
-    max_megapixels: Annotated[float, typer.Option(min=0, help="Larger input images are refused.")] = 100
+    max_megapixels: Annotated[
+        float, typer.Option(min=1e-6, help="Larger input images are refused; inf for no limit.")
+    ] = 100
 
     @property
-    def max_pixels(self) -> int:
-        """The same in pixels."""
-        return int(self.max_megapixels * 1e6)
+    def max_pixels(self) -> int | None:
+        """The same in pixels; `None` for no limit."""
+        return None if math.isinf(self.max_megapixels) else int(self.max_megapixels * 1e6)
 
 
 def command(
@@ -151,7 +153,8 @@ def _changed_to(kind: type, name: str, typed: Any) -> Any:
 
 
 def _refuse_infinite(parameter: inspect.Parameter, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
+    endless = parameter.name == "max_megapixels" and value == math.inf
+    if isinstance(value, float) and not math.isfinite(value) and not endless:
         raise ValueError(f"{flag(parameter)} {value}; expected a finite number")
 
 

@@ -137,6 +137,8 @@ def save_picture(picture: Image, path: str | os.PathLike[str], settings: Picture
     if _format(path.suffix) == "PNG" and settings is not None:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("parameters", to_text(settings.relative_to(path.absolute().parent)))
+    if profile := picture.info.get("icc_profile"):  # some formats leave it out unless told
+        options["icc_profile"] = profile
     if picture.mode == "RGBA" and not _holds_pictures(path.suffix, "RGBA"):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")

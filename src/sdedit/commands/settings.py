@@ -63,7 +63,9 @@ class PictureSettings:
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
     """
 
-    image: Annotated[str | None, typer.Argument(help="The picture to start from: any format, any size.")] = None
+    image: Annotated[
+        str | None, typer.Argument(help="The picture to start from: any format, any size; - reads the standard input.")
+    ] = None
     prompt: Annotated[str, typer.Argument(help="What it shall become.")] = ""
     model: Annotated[
         str, typer.Option(help="A model folder, single file or hub id; 'default' is the one in the package.")
@@ -149,7 +151,7 @@ class PictureSettings:
         """As a file in `folder` keeps them: paths relative to it."""
 
         def there(name: str) -> str:
-            return relative(name, folder) if Path(name).exists() else name
+            return relative(name, folder) if name != "-" and Path(name).exists() else name
 
         files: dict[str, Any] = {name: there(path) for name in _FILES if (path := getattr(self, name))}
         files["model"] = self.model if self.model == "default" else there(self.model)
@@ -182,6 +184,10 @@ def beside(picture: Path, name: str) -> Path:
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """First 16 hex digits of the file's SHA-256."""
+    """First 16 hex digits of the file's SHA-256; `-` is what came through the standard input."""
+    if str(path) == "-":
+        from sdedit.inputs.opening import standard_input
+
+        return hashlib.sha256(standard_input()).hexdigest()[:16]
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
