@@ -27,6 +27,6 @@ def inspect(
     debug: o.Debug = False,
 ) -> None:
     """Say what FILE is, and whether it would load; only its header is read."""
-    from sdedit.loading.inspect import describe
+    from sdedit.apps.inspect import describe
 
     typer.echo(describe(file))
