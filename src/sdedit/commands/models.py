@@ -29,6 +29,6 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint, VAE, LoRA, embedding, IP-Adapter or model folder.")],
 ) -> None:
     """Say what FILE is, and whether it would load; only its header is read."""
-    from sdedit.loading.inspect import describe
+    from sdedit.apps.inspect import describe
 
     tell(describe(file))
