@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.adapters.nested import is_plain, read_nested
-from sdedit.loading.checkpoint import blank
 from sdedit.loading.folders import find_folder
 from sdedit.loading.layout import differences
 from sdedit.loading.pretrained import load_component
 from sdedit.loading.sources import find_file
 from sdedit.models import ip_adapter
+from sdedit.models.blank import blank
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.headers import read_header
+
+_one_at_a_time = threading.Lock()
 
 
 def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
@@ -26,15 +30,37 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     """
     if path.suffix == ".safetensors":
         return read_weights(path)
-    read_header(path, also=frozenset(name for _, name in stand_ins))  # walks the pickle, and makes nothing
+    needed = _needed(path, stand_ins)
     try:
         # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
-        with torch.serialization.safe_globals(list(stand_ins)):
+        with _allowed(needed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {code[1]}, which is code, and code is not run" if code else type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors, numbers and strings ({reason})") from error
+
+
+def _needed(path: Path, stand_ins: Sequence[tuple[type, str]]) -> list[tuple[type, str]]:
+    """The stand-ins without which a pickle is refused: few files need any. Nothing in it is made."""
+    try:
+        read_header(path)
+    except ValueError:
+        if not stand_ins:
+            raise
+        read_header(path, also=frozenset(name for _, name in stand_ins))
+        return list(stand_ins)
+    return []
+
+
+@contextmanager
+def _allowed(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
+    """Let torch make these. It keeps one list for all threads, and two that change it at once would leave it changed."""
+    if not stand_ins:
+        yield
+        return
+    with _one_at_a_time, torch.serialization.safe_globals(list(stand_ins)):
+        yield
 
 
 def is_plain(value: object) -> bool:

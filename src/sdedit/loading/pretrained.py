@@ -13,7 +13,7 @@ import torch
 
 from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import blank, fill
+from sdedit.loading.checkpoint import fill
 from sdedit.loading.folders import (
     COMPONENTS,
     DEFAULT_MODEL,
@@ -26,6 +26,7 @@ from sdedit.loading.folders import (
     weights_in,
 )
 from sdedit.loading.layout import clip_name, forget_shards, vae_name
+from sdedit.models.blank import blank
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model

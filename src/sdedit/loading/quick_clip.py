@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import blank, fill
+from sdedit.loading.checkpoint import fill
 from sdedit.loading.folders import weights_in
 from sdedit.loading.layout import clip_name
+from sdedit.models.blank import blank
 from sdedit.models.clip_text import CLIPTextEncoder
 
 # Words, single digits and runs of other signs; endings such as 's are words of their own.

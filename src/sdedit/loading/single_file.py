@@ -15,7 +15,7 @@ import torch
 
 from sdedit.files import read_json
 from sdedit.loading import ldm, sizes
-from sdedit.loading.checkpoint import blank, compare, put, read_weights
+from sdedit.loading.checkpoint import compare, put, read_weights
 from sdedit.loading.families import SD1, SD2, Sections, recognise, sort_names
 from sdedit.loading.folders import COMPONENTS, find_folder
 from sdedit.loading.headers import Header, TensorInfo, read_header
@@ -23,6 +23,7 @@ from sdedit.loading.pretrained import load_component, model_class
 from sdedit.loading.sources import check_hub_arguments
 from sdedit.loading.training_config import Training, find_training
 from sdedit.loading.vocabulary import SIZE, clip_tokenizer
+from sdedit.models.blank import blank
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model

@@ -14,7 +14,7 @@ from torch import nn
 from sdedit.files import write_atomically
 from sdedit.loading import keymaps as maps
 from sdedit.loading import ldm
-from sdedit.loading.checkpoint import blank
+from sdedit.models.blank import blank
 from sdedit.models.offload import refuse
 
 
