@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.headers import read_header
+from sdedit.loading.weights import read_weights
 
 _one_at_a_time = threading.Lock()
 
