@@ -55,7 +55,7 @@ def _needed(path: Path, stand_ins: Sequence[tuple[type, str]]) -> list[tuple[typ
 
 @contextmanager
 def _allowed(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
-    """Let torch make these. It keeps one list for all threads, and two that change it at once would leave it changed."""
+    """Let torch make these. It has one list for all threads; two that change it at once leave it changed."""
     if not stand_ins:
         yield
         return
