@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit.loading.headers import read_header
+from sdedit.loading.headers import Header, read_header
 from sdedit.loading.weights import read_weights
 
 _one_at_a_time = threading.Lock()
@@ -28,9 +28,9 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     Raises:
         ValueError: It is a git-lfs pointer, damaged, or names code.
     """
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    needed = _needed(path, stand_ins)
+    header, needed = _headed(path, stand_ins)
+    if header.kind == "safetensors":
+        return read_weights(path, header=header)
     try:
         # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
         with _allowed(needed):
@@ -41,16 +41,17 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
         raise ValueError(f"{path} is damaged, or holds more than tensors, numbers and strings ({reason})") from error
 
 
-def _needed(path: Path, stand_ins: Sequence[tuple[type, str]]) -> list[tuple[type, str]]:
-    """The stand-ins without which a pickle is refused: few files need any. Nothing in it is made."""
+def _headed(path: Path, stand_ins: Sequence[tuple[type, str]]) -> tuple[Header, Sequence[tuple[type, str]]]:
+    """What a file says of itself, and the stand-ins without which it is refused: few files need any.
+
+    A pickle is walked through for it, and nothing in it is made.
+    """
     try:
-        read_header(path)
+        return read_header(path), ()
     except ValueError:
         if not stand_ins:
             raise
-        read_header(path, also=frozenset(name for _, name in stand_ins))
-        return list(stand_ins)
-    return []
+    return read_header(path, also=frozenset(name for _, name in stand_ins)), stand_ins
 
 
 @contextmanager
