@@ -27,7 +27,8 @@ from sdedit.loading.folders import (
 )
 from sdedit.loading.hub import find_folder
 from sdedit.loading.tokenizer import SPECIAL_TOKENS, CLIPTokens, content
-from sdedit.loading.weights import blank, fill
+from sdedit.loading.weights import fill
+from sdedit.models.blank import blank
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
