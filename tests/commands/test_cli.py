@@ -173,7 +173,7 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "gone.png", "a", "-o", "o.png", "--max-megapixels", "inf"), "gone.png does not exist"),
         (("again", "in.png"), "carries no settings"),
         (("inspect", "none.safetensors"), "none.safetensors does not exist"),
-        (("inspect", "in.png"), "is damaged"),
+        (("inspect", "in.png"), "is a PNG picture, not a file of weights"),
         (("inspect", "."), "is no model folder"),
         (("strokes", "in.png", "-o", "o.png", "--kernel", "4"), "--kernel 4; expected an odd number"),
         (("run", "in.png"), "Missing argument"),
