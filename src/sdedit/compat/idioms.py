@@ -20,7 +20,7 @@ from torch import Tensor
 from sdedit.compat.overriding import adapt_class, adapt_object
 from sdedit.config import FORMAT_VERSION, Config, later
 from sdedit.inputs import checks
-from sdedit.inputs.images import Images
+from sdedit.inputs.pixels import Images
 from sdedit.inputs.prompts import guidance_scale_embedding
 from sdedit.noise import Generator, randn
 
