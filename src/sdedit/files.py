@@ -30,7 +30,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: str | os.PathLike[str], limit: int = 64 << 20) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Raises:

@@ -17,6 +17,7 @@ from sdedit.files import read_json, write_atomically
 from sdedit.flax import convert
 from sdedit.loading.folders import explained
 from sdedit.loading.hub import find_folder
+from sdedit.models.kinds import check_values
 
 Params = dict[str, Any]
 
@@ -43,6 +44,7 @@ class FlaxModel(nn.Module):
         if not isinstance(config, Mapping):
             path = Path(config)
             config = read_json(path / cls.config_name if path.is_dir() else path)
+        check_values(config)
         cls._check(config)
         known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
         if wrong := sorted(set(overrides) - known):

@@ -28,6 +28,7 @@ from sdedit.loading.folders import (
 from sdedit.loading.hub import find_folder
 from sdedit.loading.tokenizer import SPECIAL_TOKENS, CLIPTokens, content
 from sdedit.loading.weights import blank, fill
+from sdedit.models.kinds import check_values
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -94,9 +95,10 @@ def load_transformers_model(
     read: bool = True,
 ) -> Any:
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
-    read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = weights_in(folder, variant, use_safetensors)
     with blank(), explained(folder / "config.json", cls):
+        check_values(config)
         model = cls(cls.config_class.from_pretrained(folder))
     fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name, read=read)
     return model.eval()

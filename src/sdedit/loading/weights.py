@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdedit.files import write_atomically
+from sdedit.files import shown, write_atomically
 from sdedit.loading.folders import Expected, forget_shards
 from sdedit.loading.headers import Header, TensorInfo, differences, read_header
 from sdedit.loading.pickles import StoredTensor
@@ -144,12 +145,20 @@ def fits(
     found: dict[str, TensorInfo] = {}
     wanted: dict[Path, dict[str, str]] = {}
     headers = {file: read_header(file) for file in files}
+    left_out: list[str] = []
     for file, header in headers.items():
         for name, info in header.tensors.items():
-            if (ours := rename(name, expected)) is not None:
+            # torch.compile puts this before the names of what it wraps.
+            if (ours := rename(name.replace("_orig_mod.", ""), expected)) is not None:
                 found[ours] = info
                 wanted.setdefault(file, {})[name] = ours
+            elif not name.endswith("position_ids"):
+                left_out.append(name)
     compare(model, found, files)
+    if left_out:
+        first = ", ".join(map(shown, left_out[:3]))
+        where = files[0].parent
+        warnings.warn(f"{where}: {len(left_out)} tensors of a whole CLIP are left out ({first}, …)", stacklevel=6)
     return found, wanted, headers
 
 

@@ -10,12 +10,17 @@ import torch
 
 from sdedit.config import Configurable
 from sdedit.models.attention_options import AttentionOptions
+from sdedit.models.kinds import check_values
 
 
 class Model(AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"
+
+    @classmethod
+    def _check_values(cls, values: Mapping[str, Any]) -> None:
+        check_values(values)
 
     @property
     def dtype(self) -> torch.dtype:
