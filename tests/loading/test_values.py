@@ -1,4 +1,4 @@
-"""Configs are checked at the door: every value by its key, before anything is made of it, in no time and little memory."""
+"""Configs are checked at the door: every value by its key, before anything is made of it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sdedit.config import Config, config_text
-from sdedit.files import read_json, write_atomically
+from sdedit.files import read_json, write_folder
 from sdedit.flax import convert
 from sdedit.loading.folders import explained
 from sdedit.loading.hub import find_folder
@@ -113,11 +113,9 @@ class FlaxModel(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], params: Params) -> None:
         """Write `config.json` and the parameters, as msgpack, to a folder."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(folder / self.config_name) as temporary:
-            temporary.write_text(config_text(self.config, type(self).__name__))
-        convert.save(params, folder / self.weights_name)
+        with write_folder(save_directory) as folder:
+            convert.save(params, folder / self.weights_name)
+            (folder / self.config_name).write_text(config_text(self.config, type(self).__name__))
 
     def to_bf16(self, params: Params) -> Params:
         """Parameters in bfloat16."""

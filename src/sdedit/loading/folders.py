@@ -105,6 +105,8 @@ def _layouts(stem: str, suffix: str, variant: str | None) -> tuple[str, str, str
 
 def forget_shards(path: Path, variant: str | None = None) -> None:
     """Remove the index of shards that `path`, weights in one file, has replaced: some readers look for it first."""
+    if path.suffix != ".safetensors":
+        return
     for index in _layouts(path.name.split(".")[0], path.suffix[1:], variant)[1:]:
         path.with_name(index).unlink(missing_ok=True)
 
@@ -175,20 +177,23 @@ def listed_components(index: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {name: entry[1] for name, entry in listed.items() if entry[1] is not None}
 
 
-def index_text(class_name: str, components: Mapping[str, Any], **more: Any) -> str:
+def class_name(part: Any) -> str:
+    """The name of a component's class in model_index.json; that of what torch.compile has wrapped."""
+    name = type(getattr(part, "_orig_mod", part)).__name__
+    return {"CLIPImageProcessorPil": "CLIPImageProcessor"}.get(name, name)  # the name that every release knows
+
+
+def index_text(pipeline: str, components: Mapping[str, Any], **more: Any) -> str:
     """The text of a model_index.json.
 
     Args:
-        class_name: The pipeline's.
+        pipeline: The name of its class.
         components: By name; `None` where one is absent.
         **more: Other keys.
     """
-    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION, **more}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION, **more}
     for name, part in components.items():
-        class_name = type(part).__name__
-        if class_name == "CLIPImageProcessorPil":
-            class_name = "CLIPImageProcessor"  # the name that every release knows
-        index[name] = [None, None] if part is None else [_LIBRARIES.get(name, "diffusers"), class_name]
+        index[name] = [None, None] if part is None else [_LIBRARIES.get(name, "diffusers"), class_name(part)]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
@@ -244,7 +249,8 @@ def clip_name(name: str, expected: Expected) -> str | None:
     if name in expected:
         return name
     # What a whole CLIP has beside the half that is wanted: the other half, and what compares the two.
-    other = "text_model." if any("patch_embedding" in one for one in expected) else "vision_model."
+    sees = any(one.startswith("vision_model.") or "patch_embedding" in one for one in expected)
+    other = "text_model." if sees else "vision_model."
     if name.endswith("position_ids") or name.startswith(other):
         return None
     for prefix in ("text_model.", "vision_model."):

@@ -103,10 +103,12 @@ def _params_of(original_config: str | os.PathLike[str] | Mapping[str, Any]) -> M
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and (kind is float or value % 1 == 0)
         if value is not None and not (number and low <= value <= high):
             what = "a number" if kind is float else "a whole number"
-            raise ValueError(f"{where}: {'.'.join(keys)}={shown(value)}; expected {what} from {low:g} to {high:g}")
+            raise ValueError(
+                f"{where}: {'.'.join(keys)}={shown(repr(value))}; expected {what} from {low:g} to {high:g}"
+            )
     said = params.get("parameterization", "eps")
     if not isinstance(said, str) or said not in _PARAMETERIZATIONS:
-        raise ValueError(f"{where}: parameterization={shown(said)}; expected {', '.join(_PARAMETERIZATIONS)}")
+        raise ValueError(f"{where}: parameterization={shown(repr(said))}; expected {', '.join(_PARAMETERIZATIONS)}")
     return params
 
 

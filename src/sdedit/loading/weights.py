@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdedit.files import shown, write_atomically
+from sdedit.files import shown, write_folder
 from sdedit.loading.folders import Expected, forget_shards
 from sdedit.loading.headers import Header, TensorInfo, differences, read_header
 from sdedit.loading.pickles import StoredTensor
@@ -202,13 +202,13 @@ def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection
         raise ValueError(f"{where} does not fit {type(model).__name__} as its config describes it:\n{shown}")
 
 
-def save_weights(
-    state: Mapping[str, Tensor], folder: str | os.PathLike[str], stem: str, variant: str | None = None
-) -> Path:
-    """Write tensors to `folder/stem[.variant].safetensors` and give back its path."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-    with write_atomically(path) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in state.items()}, temporary, metadata={"format": "pt"})
-    forget_shards(path, variant)
-    return path
+def save_network(
+    state: Mapping[str, Tensor], config: str, folder: str | os.PathLike[str], stem: str, variant: str | None = None
+) -> None:
+    """Write tensors to `folder/stem[.variant].safetensors` and the text of `config.json`, see `write_folder`."""
+    with write_folder(folder, lambda path: forget_shards(path, variant)) as complete:
+        held = {name: t.detach().contiguous() for name, t in state.items()}
+        path = complete / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        save_file(held, path, metadata={"format": "pt"})
+        (complete / "config.json").write_text(config)
+        path.chmod((complete / "config.json").stat().st_mode)  # safetensors would leave it to its owner alone

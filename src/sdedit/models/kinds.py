@@ -108,7 +108,7 @@ def check_values(config: Mapping[str, Any]) -> None:
         if key in ("text_config", "vision_config") and isinstance(value, Mapping):
             check_values(value)
         elif key in _VALUES and not _is_allowed(_VALUES[key], value):
-            raise ValueError(f"{key}={shown(value)}; expected {_described(_VALUES[key])}")
+            raise ValueError(f"{key}={shown(repr(value))}; expected {_described(_VALUES[key])}")
     layers, transformers = (_most(config.get(key, 1)) for key in ("layers_per_block", "transformer_layers_per_block"))
     depth = len(config.get("down_block_types", ()))
     if layers * transformers * depth > _MOST_TRANSFORMERS:
@@ -174,7 +174,7 @@ def refuse_other_kinds(config: Mapping[str, Any]) -> None:
     for key, values in _FIXED.items():
         if config.get(key, values[0]) not in values:
             raise ValueError(
-                f"unet config: {key}={shown(config[key])} is of a model that is not Stable Diffusion 1.x or 2.x; "
+                f"unet config: {key}={shown(repr(config[key]))} is of a model that is not Stable Diffusion 1.x or 2.x; "
                 f"expected {values[0]!r}"
             )
 
@@ -193,4 +193,4 @@ def per_block(name: str, value: Any, depth: int) -> list[Any]:
 def known_block(key: str, value: str, known: tuple[str, ...]) -> None:
     """Refuse a block type that is not among those of Stable Diffusion."""
     if value not in known:
-        raise ValueError(f"unet config: {key} has {shown(value)!r}; expected {' or '.join(known)}")
+        raise ValueError(f"unet config: {key} has {shown(repr(value))}; expected {' or '.join(known)}")

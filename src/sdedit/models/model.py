@@ -121,12 +121,11 @@ class Model(AttentionOptions, Configurable):
         Raises:
             ValueError: `safe_serialization=False`: pickles are read, never written.
         """
-        from sdedit.loading.weights import save_weights
+        from sdedit.loading.weights import save_network
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
-        self.save_config(save_directory)
         # IP-Adapters are files of their own.
         theirs = ("encoder_hid_proj.", ".ip_adapters.")
         state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
-        save_weights(state, save_directory, self.weights_name, variant)
+        save_network(state, self.to_json_string(), save_directory, self.weights_name, variant)
