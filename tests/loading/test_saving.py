@@ -1,4 +1,4 @@
-"""Saving over a model: killed at any operation, or on a full disk, it leaves the old one, the new one, or none that loads."""
+"""Saving over a model: killed or on a full disk, it leaves the old one, the new one, or none that loads."""
 
 from __future__ import annotations
 

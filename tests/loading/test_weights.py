@@ -16,6 +16,7 @@ from torch import nn
 from sdedit.loading import weights as checkpoint
 from sdedit.loading.folders import choose_weights, clip_name, vae_name, weight_files
 from sdedit.loading.weights import fill, read_weights, save_network
+from sdedit.models.blank import blank
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -199,7 +200,7 @@ def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint, "read_weights", spy)
     monkeypatch.setattr(checkpoint, "_PORTION", 3 * 8 * 8 * 4)
-    with checkpoint.blank():
+    with blank():
         model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(8)))
     checkpoint.fill(model, [tmp_path / "w.safetensors"], dtype=torch.bfloat16)
     assert seen == [1, 3, 3, 1]
@@ -207,7 +208,7 @@ def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypa
 
 
 def test_blank_networks_have_no_values_and_those_outside_do() -> None:
-    with checkpoint.blank():
+    with blank():
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Embedding(3, 3), torch.nn.GroupNorm(1, 3))
     assert all(p.is_meta for p in model.parameters())
     assert torch.nn.Linear(3, 3).weight.std() > 0

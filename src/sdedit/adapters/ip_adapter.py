@@ -19,8 +19,8 @@ from sdedit.loading.families import FAMILY_OF_WIDTH
 from sdedit.loading.headers import differences
 from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component
-from sdedit.loading.weights import blank
 from sdedit.models import ip_adapter
+from sdedit.models.blank import blank
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 

@@ -26,7 +26,8 @@ from sdedit.loading.folders import (
 )
 from sdedit.loading.hub import find_folder
 from sdedit.loading.tokenizer import SPECIAL_TOKENS, CLIPTokens, content
-from sdedit.loading.weights import blank, fill
+from sdedit.loading.weights import fill
+from sdedit.models.blank import blank
 from sdedit.models.kinds import check_values
 
 if TYPE_CHECKING:
