@@ -13,8 +13,8 @@ from sdedit.inputs import checks, masks, prompts
 from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.images import ImageInput, Images, pad_to_multiple, read_images, write_images
 from sdedit.inputs.pixels import MAX_PIXELS
+from sdedit.models.fast.full_speed import one_run
 from sdedit.models.offload import inference
-from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn, retry_in_float32
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.safety import check_safety
