@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from sdedit.models.fast.blocked_attention import BlockedAttention, BlockedSpatialAttention
 from sdedit.models.fast.packing import PACKING, PackedConv2d
 from sdedit.models.fast.passes import Pass
-from sdedit.models.fast.quick_layers import FeedForwardInParts, InPlaceResnetBlock2D, QuarteredUpsample2D
+from sdedit.models.fast.quick_layers import (
+    FeedForwardInParts,
+    FreeGroupNorm,
+    InPlaceResnetBlock2D,
+    InPlaceSiLU,
+    QuarteredUpsample2D,
+)
 from sdedit.models.fast.run_cache import RunCache, cache_of, cached_run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,6 +44,8 @@ def _lay_out(network: nn.Module) -> None:
 _CHANNELS_LAST = ("cpu", "cuda")  # devices whose convolutions and attention want channels innermost
 
 QUICK = Pass(
+    FreeGroupNorm,
+    InPlaceSiLU,
     InPlaceResnetBlock2D,
     FeedForwardInParts,
     QuarteredUpsample2D,

@@ -61,7 +61,7 @@ class Layouts:
                 self._copies.move_to_end(layout)
                 return self._copies[layout]
             made = pack()
-            layout = torch.ops.mkldnn._get_mkldnn_serialized_md(made).numpy().tobytes()
+            layout = _layout(made)
             if len(self._layout_of) >= _SHAPES:
                 self._layout_of.clear()
             self._layout_of[shape] = layout
@@ -119,6 +119,11 @@ def _packed(weight: Tensor, shape: Hashable, pack: Pack) -> Tensor | None:
     if layouts is None or not layouts.fit(weight):
         layouts = sure[id(weight)] = layouts_of(weight)
     return layouts.copy_for((shape, torch.get_num_threads()), pack)
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of how a tensor is laid out."""
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()  # type: ignore[no-any-return]
 
 
 def _place(weight: Tensor) -> tuple[int, int]:

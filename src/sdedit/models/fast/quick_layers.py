@@ -20,33 +20,51 @@ _PART = 1024  # tokens at once
 _LARGE = 2**22  # bytes of an input whose gates and values take 32 MiB: malloc gets that from the system every time
 
 
+class FreeGroupNorm(nn.GroupNorm):
+    """Says of what it makes that nobody else has it, if no gradient and no hook needs it as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same as of the plain layer, to the bit."""
+        h = super().forward(x)
+        if not torch.compiler.is_compiling() and _is_free(self, h):
+            h.is_free = True  # type: ignore[attr-defined]
+        return h
+
+
+class InPlaceSiLU(nn.SiLU):
+    """Writes over what nobody else has: new pages cost a CPU more than the sums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same as of the plain layer, to the bit."""
+        eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        if not (eager and hasattr(x, "is_free")) or self._forward_pre_hooks or self._forward_hooks:
+            return super().forward(x)
+        del x.is_free
+        return F.silu(x, inplace=True)
+
+
 class InPlaceResnetBlock2D(ResnetBlock2D):
-    """Writes over maps that nobody else has: new pages cost a CPU more than the sums."""
+    """Adds in the memory of what its convolutions made."""
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """The same as of the plain block, to the bit."""
-        h = self.conv1(self._activated(self.norm1, x))
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
         if self.time_emb_proj is not None and temb is not None:
             shift = self.time_emb_proj(self.nonlinearity(temb))
             h = _add(self.conv1, h, repeat_batch(shift, len(h))[:, :, None, None])
-        h = self.conv2(self.dropout(self._activated(self.norm2, h)))
+        h = self.conv2(self.dropout(self.nonlinearity(self.norm2(h))))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         h = _add(self.conv2, h, x)
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
-    def _activated(self, norm: nn.Module, x: Tensor) -> Tensor:
-        h = norm(x)
-        in_place = isinstance(self.nonlinearity, nn.SiLU) and _is_ours(norm, h)
-        return F.silu(h, inplace=True) if in_place else self.nonlinearity(h)
-
 
 def _add(layer: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     """x + h, in the memory of h, which that layer made."""
-    return h.add_(x) if _is_ours(layer, h) and h.dtype == x.dtype else x + h
+    return h.add_(x) if _is_free(layer, h) and h.dtype == x.dtype else x + h
 
 
-def _is_ours(layer: nn.Module, h: Tensor) -> bool:
+def _is_free(layer: nn.Module, h: Tensor) -> bool:
     """Is what the layer made a plain tensor that no gradient and no hook needs as it is?"""
     return type(h) is Tensor and not torch.is_grad_enabled() and not layer._forward_hooks
 

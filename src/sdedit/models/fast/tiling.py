@@ -1,11 +1,11 @@
 """A network run on feature maps of which only tiles exist: exact, in a fraction of the memory.
 
 Tiles that know nothing of each other leave seams, because a GroupNorm's statistics are those of the whole map. Here a
-tile is some rows over the whole width, and a layer that is called with a `TiledMap` instead of a tensor computes nothing
-yet: it gives another, which can make its rows from rows of the first, a convolution from as many more above and below as
-its kernel reaches. Only a norm reads its input through, for the statistics; what it reads is kept if the budget allows,
-and made again at the next reading if not. The network's own `forward` runs as it is, by `__torch_function__`; a function
-that is not known here gets the whole tensor.
+tile is some rows over the whole width, and a layer that is called with a `TiledMap` instead of a tensor computes
+nothing yet: it gives another, which can make its rows from rows of the first, a convolution from as many more above and
+below as its kernel reaches. Only a norm reads its input through, for the statistics; what it reads is kept if the
+budget allows, and made again at the next reading if not. The network's own `forward` runs as it is, by
+`__torch_function__`; a function that is not known here gets the whole tensor.
 """
 
 from __future__ import annotations
