@@ -98,22 +98,21 @@ def draw(settings: Settings, guide: Image, output: Path, *, count: int, device: 
 
 def read_masks(settings: Settings, guide: Image) -> dict[str, Any]:
     """Mask and strength map of the settings, by the pipeline's names, at the size of the input image."""
-    from PIL import ImageOps
-
     from sdedit.inputs.masks import read_mask
     from sdedit.inputs.pixels import open_image
 
-    size = ImageOps.exif_transpose(guide).size
     options = {"mask_image": ("--mask", settings.mask), "strength_map": ("--strength-map", settings.strength_map)}
     return {
-        name: read_mask(option, open_image(file), size) for name, (option, file) in options.items() if file is not None
+        name: read_mask(option, open_image(file), guide.size)
+        for name, (option, file) in options.items()
+        if file is not None
     }
 
 
 def save_all(pictures: Sequence[Image], seeds: Sequence[int], settings: Settings, output: Path) -> None:
     """Write pictures, each with its seed and settings, in which paths become relative to the pictures' folder."""
     folder = output.absolute().parent
-    settings.image = os.path.relpath(settings.image or "", folder)
+    settings.image = "-" if settings.image == "-" else os.path.relpath(settings.image or "", folder)
     settings.mask = settings.mask and os.path.relpath(settings.mask, folder)
     settings.strength_map = settings.strength_map and os.path.relpath(settings.strength_map, folder)
     if settings.model != "default" and Path(settings.model).exists():
@@ -137,7 +136,7 @@ def load_model(model: str, dtype: Any, *, adapted: bool = False) -> Any:
     folder = DEFAULT_MODEL if model == "default" else Path(model)
     parts = {}
     if folder.is_dir() and not adapted:
-        from sdedit.loading.quick_clip import quick_parts
+        from sdedit.loading.pretrained import quick_parts
 
         parts = quick_parts(folder, dtype)
     return StableDiffusionImg2ImgPipeline.from_pretrained(
@@ -181,11 +180,9 @@ def resized(image: Image, size: str, pipe: Any, frame: bool = False) -> Image:
     With `frame`, the drawing is first brought to the middle of a sheet that it fills: small models know such sheets.
     """
     from PIL import Image as PIL
-    from PIL import ImageOps
 
     from sdedit.apps.framing import framed
 
-    image = ImageOps.exif_transpose(image)
     if frame and (sheet := framed(image)) is not image:
         say(f"the drawing is brought to the middle of a sheet of {sheet.width}×{sheet.height} (--size original: not)")
         image = sheet
@@ -210,6 +207,4 @@ def resized(image: Image, size: str, pipe: Any, frame: bool = False) -> Image:
             raise ValueError(f"--size {size}; expected WIDTHxHEIGHT such as 512x512, original or auto") from None
         if min(target) < 8:
             raise ValueError(f"--size {size}; expected at least 8 on each side")
-    if image.mode in ("1", "P"):  # these cannot be interpolated
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     return image.resize(target, PIL.Resampling.LANCZOS)

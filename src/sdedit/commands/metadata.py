@@ -172,7 +172,11 @@ def _read_value(name: str, key: str, value: str) -> Any:
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """First 16 hex digits of the file's SHA-256."""
+    """First 16 hex digits of the file's SHA-256; `-` is what came through the standard input."""
+    if str(path) == "-":
+        from sdedit.inputs.opening import standard_input
+
+        return hashlib.sha256(standard_input()).hexdigest()[:16]
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -197,6 +201,8 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str], settings: S
     if kind == "PNG" and settings is not None:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("parameters", settings.to_text())
+    if profile := picture.info.get("icc_profile"):  # some formats leave it out unless told
+        options["icc_profile"] = profile
     if kind == "JPEG" and picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 USUAL = Settings("", strength=0.8, guidance=7.5, steps=30)
 SUITED = Settings("", strength=0.65, guidance=3.0, steps=20)
 
-ImageArgument = Annotated[Path, typer.Argument(help="The picture to start from: any format, any size.")]
+ImageArgument = Annotated[
+    Path, typer.Argument(help="The picture to start from: any format, any size; - reads the standard input.")
+]
 PromptArgument = Annotated[str, typer.Argument(help="What it shall become.")]
 Out = Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes; with --count, -1, -2, … are added.")]
 Model = Annotated[str, typer.Option(help="A model folder, single file or hub id; 'default' is the one in the package.")]
@@ -60,7 +63,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Size = Annotated[
     str, typer.Option(help="WxH, or 'original'; 'auto' brings images far from the model's own size near it.")
 ]
-MaxMegapixels = Annotated[float, typer.Option(help="Larger input images are refused.")]
+MaxMegapixels = Annotated[float, typer.Option(help="Larger input images are refused; inf for no limit.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -84,10 +87,13 @@ def beside(picture: Path, name: str) -> Path:
 
 
 def open_guide(image: Path, max_megapixels: float) -> Image:
-    """The input image."""
-    from sdedit.inputs.pixels import open_image
+    """The input image: upright, RGB or RGBA, in the colours of its profile if it has one; `-` is the standard input."""
+    from sdedit.inputs.pixels import open_image, rgb
 
-    return open_image(image, int(max_megapixels * 1e6))
+    if not max_megapixels > 0:  # NaN is not
+        raise ValueError(f"--max-megapixels {max_megapixels}; expected a number above 0, or inf for no limit")
+    limit = None if math.isinf(max_megapixels) else int(max_megapixels * 1e6)
+    return rgb(open_image(image, limit, keep_profile=True), keep_profile=True)
 
 
 def with_weight(text: str) -> tuple[str, float]:

@@ -118,4 +118,4 @@ class Model(AttentionOptions, Configurable):
         # IP-Adapters are files of their own.
         theirs = ("encoder_hid_proj.", ".ip_adapters.")
         state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
-        later("sdedit.loading.checkpoint:save_weights")(state, save_directory, self.weights_name, variant)
+        later("sdedit.loading.weights:save_weights")(state, save_directory, self.weights_name, variant)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +141,15 @@ def test_the_plain_networks_compute_the_same(unet: UNet2DConditionModel, monkeyp
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if unet.dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     for a, b in zip(without(*quick), fast, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_copies_and_pickles_of_a_network_in_use_are_plain(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    plain = kinds(unet)
+    with one_run(unet):
+        assert kinds(unet) != plain
+        copied = copy.deepcopy(unet)
+        torch.save(unet, tmp_path / "unet.pt")
+    assert kinds(copied) == plain == kinds(torch.load(tmp_path / "unet.pt", weights_only=False))
 
 
 def test_a_pass_leaves_what_it_does_not_know() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Pass:
         prepare: Callable[[nn.Module], None] = lambda network: None,
     ) -> None:
         self._fast = {cls.__base__: cls for cls in fast}
+        for cls in fast:
+            cls.__reduce_ex__ = _reduce_as_plain  # type: ignore[method-assign, assignment]
         self._suits, self._prepare = suits, prepare
         self._lock = threading.Lock()
         self._installations: WeakKeyDictionary[nn.Module, _Installation] = WeakKeyDictionary()
@@ -67,3 +70,8 @@ class Pass:
                 while installation.layers and not installation.users:
                     layer = installation.layers.pop()
                     object.__setattr__(layer, "__class__", type(layer).__base__)
+
+
+def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
+    """Copies and pickles are of the plain class: nobody would take the fast one away from them."""
+    return copyreg._reconstructor, (type(layer).__base__, object, None), *object.__reduce_ex__(layer, 2)[2:]  # type: ignore[attr-defined]
