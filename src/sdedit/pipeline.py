@@ -16,7 +16,8 @@ from sdedit.denoising import Call, Guidance, State, inference
 from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.images import ImageInput, pad_to_multiple, read_images, write_images
-from sdedit.inputs.pixels import MAX_PIXELS, Images
+from sdedit.inputs.opening import MAX_PIXELS
+from sdedit.inputs.pixels import Images
 from sdedit.models.fast.full_speed import one_run
 from sdedit.models.ip_adapter import projections
 from sdedit.noise import Generator, randn, retry_in_float32

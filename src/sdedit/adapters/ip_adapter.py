@@ -18,8 +18,8 @@ from sdedit.loading.families import FAMILY_OF_WIDTH
 from sdedit.loading.headers import differences
 from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component
-from sdedit.loading.weights import blank
 from sdedit.models import ip_adapter
+from sdedit.models.blank import blank
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -179,6 +179,15 @@ def _encoder_folder(source: Any, subfolder: str | None, encoder: str | None) -> 
     if Path(source).is_file():
         return Path(source).parent, encoder
     return source, encoder if "/" in encoder or not subfolder else f"{subfolder}/{encoder}"
+
+
+def read_ip_adapter(path: Path, unet: Any) -> ip_adapter.IPAdapter:
+    """The adapter in a file, made for a UNet and not put into it.
+
+    Raises:
+        ValueError: It is damaged, of another kind, or for another model.
+    """
+    return _make(_flat(read_nested(path), str(path)), str(path), unet)
 
 
 def _flat(state: Any, where: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sdedit.files import write_atomically
 from sdedit.loading import ldm
-from sdedit.loading.weights import blank
+from sdedit.models.blank import blank
 from sdedit.models.offload import refuse
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sdedit.files import write_atomically
 from sdedit.loading.folders import Expected, forget_shards
@@ -58,33 +55,15 @@ def _is_plain(name: object, value: object) -> bool:
     return isinstance(name, str) and isinstance(value, (StoredTensor, int, float, str, type(None)))
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Inside this, `torch.nn.init` leaves tensors as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def blank() -> Iterator[None]:
-    """Networks that are made inside this have shapes but no values, for `fill` to give them some.
-
-    Random values for the meta device cost seconds: they make PyTorch import its compiler.
-    """
-    with torch.device("meta"), _NoInitialisation():
-        yield
-
-
 def fill(
     model: nn.Module,
     files: Sequence[Path],
     *,
     dtype: torch.dtype | None,
     rename: Callable[[str, Expected], str | None] = lambda name, expected: name,
+    read: bool = True,
 ) -> None:
-    """Put the tensors of `files` into a network that was built in `blank`.
+    """Put the tensors of `files` into a network that was built in `models.blank.blank`.
 
     Names, shapes and dtypes are compared first, by the files' headers: either all of them fit, or no tensor is read
     and the network is left as it was.
@@ -94,16 +73,19 @@ def fill(
         files: Weights, in one or several files.
         dtype: Dtype of the floating-point parameters; as stored if `None`.
         rename: From a name in a file and what is expected to a name in the network, or `None` to leave it out.
+        read: `False` only compares.
 
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
     _, wanted, headers = fits(model, files, rename)
+    if not read:
+        return
     tensors: dict[str, Tensor] = {}
     for file, names in wanted.items():
         for portion in _portions(names, headers[file], dtype):
-            read = read_weights(file, portion, headers[file])
-            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in read.items()}
+            held = read_weights(file, portion, headers[file])
+            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in held.items()}
     put(model, tensors, dtype)
 
 
