@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdedit import denoising
 from sdedit.base import Pipeline
+from sdedit.config import later
 from sdedit.denoising import Call, Guidance, State, inference
 from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
@@ -108,6 +109,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         mask_image: ImageInput | None = None,
         strength_map: ImageInput | None = None,
         mask_feather: int = 4,
+        **others: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -145,6 +147,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             strength_map: The strength of each pixel, 0 (black) to 1 (white), likewise; `strength` is the most that any
                 of them gets. Where it is 0, the image stays to the bit.
             mask_feather: Pixels over which the change fades in from the edges of mask and map, inwards; 0: at once.
+            others: `callback(step, timestep, latents)` and `callback_steps`, the older way; anything else is ignored,
+                with a warning.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -163,16 +167,22 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         checks.output_type(output_type)
         grid = checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
+        if others:
+            inputs = callback_on_step_end_tensor_inputs
+            with_others = later("sdedit.compat.idioms:other_arguments")
+            callback_on_step_end, callback_on_step_end_tensor_inputs = with_others(others, callback_on_step_end, inputs)
         wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
 
         # 1. Read the image and the prompt.
         call = self._calls.seen
+        call.clip_skip, call.cross_attention_kwargs = clip_skip, cross_attention_kwargs
         call.guidance = Guidance(tuple(scales), distilled=self.unet.config.time_cond_proj_dim)
         guided = call.guidance.on
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
         region = masks.read_region(mask_image, strength_map, mask_feather, images, self.vae_scale_factor)
+        weighted: dict[str, Any] = {"prompt_weighting": True} if prompt_weighting else {}  # others' know nothing of it
         embeds, negative_embeds = self.encode_prompt(
             prompt,
             do_classifier_free_guidance=guided,
@@ -181,7 +191,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
-            prompt_weighting=prompt_weighting,
+            **weighted,
         )
         settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
         settings |= region.settings(len(images.pixels))
@@ -191,12 +201,12 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt, guided)
         texts = embeds[of_prompt], None if negative_embeds is None else negative_embeds[of_prompt]
 
+        run = self._begin(Steps(region.limited(strengths), counts, grid, exact_steps, eta), len(of_image), generator)
+        call.num_timesteps, call.scheduler = run.calls, run.scheduler
+
         # 2. Encode it: latents of each picture of the batch.
         clean = latents = self._encode(images, of_image, generator)
 
-        steps = Steps(region.limited(strengths), counts, grid, exact_steps, eta)
-        run = Run.begin(self.scheduler, len(clean), steps, generator, self.device)
-        call.num_timesteps, call.scheduler = run.calls, run.scheduler
         arguments = {"cross_attention_kwargs": cross_attention_kwargs}
         after_step = callback_on_step_end and partial(self._called_back, call, callback_on_step_end, wanted)
         guidance = call.guidance.of_pictures(len(clean), run.calls_within(self._guided))
@@ -204,8 +214,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             if repeat:
                 run.restart(generator)
             # 3. Noise them to the level that strength asks for.
-            noise = randn(clean.shape, generator, device=clean.device, dtype=clean.dtype)
-            noisy = run.noised(latents + extra_noise * noise if extra_noise else latents, noise)
+            noisy, noise = self._noised(run, latents, generator, extra_noise)
 
             # 4. Denoise; what is to stay is the source, at each level.
             state = State.begin(noisy, texts, image_embeds, region.keep(run, clean, noise), guidance)
@@ -219,7 +228,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
         # 5. Decode, and cut off what was padded.
         pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
-        checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
+        checked, flags = self._check(pixels)
         alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
         written = write_images(checked, output_type, alphas, profiles)
         if not return_dict:
@@ -236,6 +245,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return ImageEmbeds()
         prepared = self.prepare_ip_adapter_image_embeds(image, embeds, do_classifier_free_guidance=guided)
         return ImageEmbeds.of_pictures(prepared, of_prompt, guided)
+
+    def _begin(self, steps: Steps, pictures: int, generator: Generator) -> Run:
+        """Where the pictures of the batch begin."""
+        return Run.begin(self._scheduler, pictures, steps, generator, self.device)
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
@@ -260,6 +273,13 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         encoded = retry_in_float32("VAE encoder", self.vae, run, generator)
         return encoded.to(dtype) * self.vae.config.scaling_factor
 
+    def _noised(
+        self, run: Run, latents: Tensor, generator: Generator, extra_noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) at the level that the run begins with, and the noise."""
+        noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
+        return run.noised(latents + extra_noise * noise if extra_noise else latents, noise), noise
+
     def _denoise(
         self, call: Call, run: Run, state: State, generator: Generator, arguments: dict[str, Any], after_step: AfterStep
     ) -> Tensor:
@@ -279,7 +299,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
     ) -> Tensor:
         """One UNet call after the other, with the pictures that have steps to go; the latents of all."""
         whole, latents, here = run, state.latents, list(range(len(state)))
-        with self._progress(max(run.steps)) as bar, one_run(unet) as kept:
+        with self.progress_bar(total=max(run.steps)) as bar, one_run(unet) as kept:
             for i in range(run.calls):
                 if call.interrupt:
                     break
@@ -310,6 +330,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
         return (retry_in_float32("VAE decoder", self.vae, run) / 2 + 0.5).clamp(0, 1)
+
+    def _check(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Pictures (B, 3, H, W) in [0, 1], with what the safety checker flags made black; and its flags."""
+        return check_safety(pixels, self.safety_checker, self.feature_extractor)
 
 
 def put(latents: Tensor, pictures: list[int], new: Tensor) -> Tensor:
