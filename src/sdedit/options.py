@@ -105,9 +105,9 @@ class Options:
         """Encode and decode them all at once again."""
         self.vae.disable_slicing()
 
-    def enable_vae_tiling(self, max_bytes: int | None = None) -> None:
-        """Encode and decode large pictures in strips, without seams: see `VaeOptions.enable_tiling`."""
-        self.vae.enable_tiling(max_bytes=max_bytes)
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large pictures in tiles, without seams: see `VaeOptions.enable_tiling`."""
+        self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode them whole again."""

@@ -18,8 +18,8 @@ from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.images import ImageInput, pad_to_multiple, read_images, write_images
 from sdedit.inputs.opening import MAX_PIXELS
 from sdedit.inputs.pixels import Images
+from sdedit.models.fast.full_speed import one_run
 from sdedit.models.ip_adapter import projections
-from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn, retry_in_float32
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.safety import check_safety

@@ -19,7 +19,7 @@ from sdedit.adapters.formats import LoadReport, Parsed
 from sdedit.inputs import checks
 from sdedit.loading.weights import read_weights
 from sdedit.models import adapters
-from sdedit.models.attention_options import fused
+from sdedit.models.attention_options import has_fused_projections
 from sdedit.models.factors import Factors
 from sdedit.models.offload import refuse
 
@@ -64,7 +64,7 @@ class LoraLoader:
             ImportError: The package peft is missing.
         """
         adapters.require_peft()
-        if fused(self.unet):
+        if has_fused_projections(self.unet):
             raise ValueError("load_lora_weights: adapters need single projections; call unfuse_qkv_projections() first")
         self._new_name(adapter_name)  # before a file is read
         parsed = self._parse(pretrained_model_name_or_path_or_dict, weight_name, subfolder, strict, hub)
