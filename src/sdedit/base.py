@@ -20,9 +20,9 @@ from sdedit.denoising import Calls
 from sdedit.inputs import checks
 from sdedit.inputs.image_prompts import encode_images, for_adapters
 from sdedit.inputs.text_prompts import Reader, negative_embeds
-from sdedit.loading.folders import COMPONENTS
+from sdedit.loading.folders import COMPONENTS, class_name
 from sdedit.loading.pretrained import load_components, save_components
-from sdedit.models.adapters import set_aside
+from sdedit.models.adapters import set_aside, warn_of_unfused
 from sdedit.models.ip_adapter import projections
 from sdedit.models.offload import execution_device, refuse
 from sdedit.options import Options
@@ -363,14 +363,16 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options, Idi
     ) -> None:
         """Write all components to a folder that `from_pretrained`, and other tools, read back.
 
-        Adapters are left out, unless they are fused. Each network is one file: `max_shard_size` is not used.
+        Adapters are left out, with a warning, unless they are fused. Each network is one file: `max_shard_size` is not
+        used. A process that is killed leaves the model of before, this one, or a folder that does not load.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         refuse("save_pretrained", self.unet)
+        warn_of_unfused(self.unet, self.text_encoder)
         with set_aside(self.unet, self.text_encoder):
             save_components(self.components, self.requires_safety_checker, save_directory, variant)
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
+        parts = ", ".join(f"{k}={class_name(v)}" for k, v in self.components.items() if v is not None)
         return f"{type(self).__name__}({parts})"

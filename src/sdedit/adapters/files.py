@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
-from sdedit.files import read_json, write_atomically
+from sdedit.files import is_temporary, read_json, write_atomically
 from sdedit.loading.headers import read_header
 from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
@@ -81,7 +81,7 @@ def _choose(names: list[str], weight_name: str | None, folder: str) -> str:
     for usual in _USUAL:
         if usual in names:
             return usual
-    found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt")))
+    found = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pt")) and not is_temporary(n))
     if len(found) == 1:
         return found[0]
     there = ", ".join(found) or "none"

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.adapters.nested import is_plain, read_nested
+from sdedit.files import is_temporary
 from sdedit.loading.families import FAMILY_OF_WIDTH
 from sdedit.loading.headers import differences
 from sdedit.loading.hub import find_file, find_folder
@@ -166,7 +167,8 @@ def _names(source: Any, subfolder: str | None, name: str | None) -> list[str]:
     folder = Path(source, subfolder or "")
     if name is not None or not folder.is_dir():
         return [name] if name else ["ip-adapter_sd15.safetensors", "ip-adapter_sd15.bin"]
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    files = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    found = sorted(p.name for p in files if not is_temporary(p.name))
     if len(found) != 1:
         raise ValueError(f"{folder} has {', '.join(found) or 'no adapter'}: say which file with weight_name=")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdedit.files import write_atomically
+from sdedit.files import shown, write_folder
 from sdedit.loading.folders import Expected, forget_shards
 from sdedit.loading.headers import Header, TensorInfo, differences, read_header
 from sdedit.loading.pickles import StoredTensor
@@ -122,12 +123,20 @@ def fits(
     found: dict[str, TensorInfo] = {}
     wanted: dict[Path, dict[str, str]] = {}
     headers = {file: read_header(file) for file in files}
+    left_out: list[str] = []
     for file, header in headers.items():
         for name, info in header.tensors.items():
-            if (ours := rename(name, expected)) is not None:
+            # torch.compile puts this before the names of what it wraps.
+            if (ours := rename(name.replace("_orig_mod.", ""), expected)) is not None:
                 found[ours] = info
                 wanted.setdefault(file, {})[name] = ours
+            elif not name.endswith("position_ids"):
+                left_out.append(name)
     compare(model, found, files)
+    if left_out:
+        first = ", ".join(map(shown, left_out[:3]))
+        where = files[0].parent
+        warnings.warn(f"{where}: {len(left_out)} tensors of a whole CLIP are left out ({first}, …)", stacklevel=6)
     return found, wanted, headers
 
 
@@ -171,13 +180,13 @@ def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection
         raise ValueError(f"{where} does not fit {type(model).__name__} as its config describes it:\n{shown}")
 
 
-def save_weights(
-    state: Mapping[str, Tensor], folder: str | os.PathLike[str], stem: str, variant: str | None = None
-) -> Path:
-    """Write tensors to `folder/stem[.variant].safetensors` and give back its path."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-    with write_atomically(path) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in state.items()}, temporary, metadata={"format": "pt"})
-    forget_shards(path, variant)
-    return path
+def save_network(
+    state: Mapping[str, Tensor], config: str, folder: str | os.PathLike[str], stem: str, variant: str | None = None
+) -> None:
+    """Write tensors to `folder/stem[.variant].safetensors` and the text of `config.json`, see `write_folder`."""
+    with write_folder(folder, lambda path: forget_shards(path, variant)) as complete:
+        held = {name: t.detach().contiguous() for name, t in state.items()}
+        path = complete / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        save_file(held, path, metadata={"format": "pt"})
+        (complete / "config.json").write_text(config)
+        path.chmod((complete / "config.json").stat().st_mode)  # safetensors would leave it to its owner alone

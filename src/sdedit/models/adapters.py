@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -331,3 +332,12 @@ def scaled_call(forward: F) -> F:
             return forward(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def warn_of_unfused(*models: nn.Module | None) -> None:
+    """Warn that adapters which are not fused will not be in what is saved."""
+    held = [model for model in models if model is not None]
+    left = {a for model in held for a in names(model)} - {a for model in held for a in fused(model)}
+    if left:
+        names_left = ", ".join(sorted(left))
+        warnings.warn(f"adapters that are not fused are not saved: {names_left}; fuse_lora() first", stacklevel=3)

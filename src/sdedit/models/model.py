@@ -10,12 +10,17 @@ import torch
 
 from sdedit.config import Configurable, later
 from sdedit.models.attention_options import AttentionOptions
+from sdedit.models.kinds import check_values
 
 
 class Model(AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"
+
+    @classmethod
+    def _check_values(cls, values: Mapping[str, Any]) -> None:
+        check_values(values)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,8 +119,8 @@ class Model(AttentionOptions, Configurable):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
-        self.save_config(save_directory)
         # IP-Adapters are files of their own.
         theirs = ("encoder_hid_proj.", ".ip_adapters.")
         state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
-        later("sdedit.loading.weights:save_weights")(state, save_directory, self.weights_name, variant)
+        save = later("sdedit.loading.weights:save_network")
+        save(state, self.to_json_string(), save_directory, self.weights_name, variant)
