@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -167,16 +166,12 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         checks.output_type(output_type)
         grid = checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
-        if others:
-            inputs = callback_on_step_end_tensor_inputs
-            with_others = later("sdedit.compat.idioms:other_arguments")
-            callback_on_step_end, callback_on_step_end_tensor_inputs = with_others(others, callback_on_step_end, inputs)
-        wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        call = self._calls.seen
+        after_step = self._after_step(call, callback_on_step_end, callback_on_step_end_tensor_inputs, others)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
 
         # 1. Read the image and the prompt.
-        call = self._calls.seen
         call.clip_skip, call.cross_attention_kwargs = clip_skip, cross_attention_kwargs
         call.guidance = Guidance(tuple(scales), distilled=self.unet.config.time_cond_proj_dim)
         guided = call.guidance.on
@@ -202,14 +197,12 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         texts = embeds[of_prompt], None if negative_embeds is None else negative_embeds[of_prompt]
 
         run = self._begin(Steps(region.limited(strengths), counts, grid, exact_steps, eta), len(of_image), generator)
+        guidance = call.guidance.of_pictures(len(of_image), run.calls_within(self._guided))
         call.num_timesteps, call.scheduler = run.calls, run.scheduler
 
         # 2. Encode it: latents of each picture of the batch.
         clean = latents = self._encode(images, of_image, generator)
 
-        arguments = {"cross_attention_kwargs": cross_attention_kwargs}
-        after_step = callback_on_step_end and partial(self._called_back, call, callback_on_step_end, wanted)
-        guidance = call.guidance.of_pictures(len(clean), run.calls_within(self._guided))
         for repeat in range(repeats if run.calls else 0):
             if repeat:
                 run.restart(generator)
@@ -218,23 +211,18 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
             # 4. Denoise; what is to stay is the source, at each level.
             state = State.begin(noisy, texts, image_embeds, region.keep(run, clean, noise), guidance)
-            latents = self._denoise(call, run, state, generator, arguments, after_step)
+            latents = self._denoise(call, run, state, generator, after_step)
             if call.interrupt:
                 break
         show(self._scheduler, run)
-        ran: dict[str, Any] = {"steps": run.steps_taken, "start_sigmas": run.sigmas}
-        if output_type == "latent":
-            return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
 
         # 5. Decode, and cut off what was padded.
-        pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
-        checked, flags = self._check(pixels)
-        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
-        written = write_images(checked, output_type, alphas, profiles)
-        if not return_dict:
-            return written, flags
-        originals = write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
-        return StableDiffusionPipelineOutput(written, flags, originals, **ran)
+        pictures: tuple[Any, list[bool] | None, Any] = latents, None, None
+        if output_type != "latent":
+            pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
+            pictures = self._written(pixels, images, region, of_image, output_type)
+        out = StableDiffusionPipelineOutput(*pictures, steps=run.steps_taken, start_sigmas=run.sigmas)
+        return out if return_dict else (out.images, out.nsfw_content_detected)
 
     def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int], guided: bool) -> ImageEmbeds:
         """The image embeds of each picture of the batch."""
@@ -280,25 +268,22 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
         return run.noised(latents + extra_noise * noise if extra_noise else latents, noise), noise
 
-    def _denoise(
-        self, call: Call, run: Run, state: State, generator: Generator, arguments: dict[str, Any], after_step: AfterStep
-    ) -> Tensor:
+    def _denoise(self, call: Call, run: Run, state: State, generator: Generator, after_step: AfterStep) -> Tensor:
         """Noisy latents to clean ones; once more in float32 if half precision overflows."""
 
         def denoise(unet: Any, generator: Generator) -> Tensor:
             if unet is not self.unet:
                 run.restart(generator)
-            return self._loop(call, unet, run, state.to(unet.dtype), arguments, after_step)
+            return self._loop(call, unet, run, state.to(unet.dtype), after_step)
 
         denoised = retry_in_float32("UNet", self.unet, denoise, generator)
         call.guidance = state.guidance  # of the next repeat
         return denoised
 
-    def _loop(
-        self, call: Call, unet: Any, run: Run, state: State, arguments: dict[str, Any], after_step: AfterStep
-    ) -> Tensor:
+    def _loop(self, call: Call, unet: Any, run: Run, state: State, after_step: AfterStep) -> Tensor:
         """One UNet call after the other, with the pictures that have steps to go; the latents of all."""
         whole, latents, here = run, state.latents, list(range(len(state)))
+        arguments = {"cross_attention_kwargs": call.cross_attention_kwargs}
         with self.progress_bar(total=max(run.steps)) as bar, one_run(unet) as kept:
             for i in range(run.calls):
                 if call.interrupt:
@@ -313,14 +298,19 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 bar.update(max(whole.steps_taken) - bar.n)
         return put(latents, here, state.latents)
 
-    def _called_back(
-        self, call: Call, callback: Callable[..., Any], names: list[str], i: int, t: Tensor, state: State
-    ) -> State:
-        """Show a step to the user's callback; the state as it leaves it."""
-        call.guidance = state.guidance
-        result = checks.callback_result(callback(self, i, t, {name: getattr(state, name) for name in names}))
-        changed = {name: result[name] for name in self._callback_tensor_inputs if name in result}
-        return dataclasses.replace(state, guidance=call.guidance, **changed)
+    def _after_step(self, call: Call, callback: Any, names: list[str] | None, others: dict[str, Any]) -> AfterStep:
+        """What shows a step to the user's callback, and gives the state as that leaves it; `None` without one."""
+        if others:
+            callback, names = later("sdedit.compat.idioms:other_arguments")(others, callback, names)
+        wanted = checks.callback(callback, names, self._callback_tensor_inputs)
+
+        def after_step(i: int, t: Tensor, state: State) -> State:
+            call.guidance = state.guidance
+            result = checks.callback_result(callback(self, i, t, {name: getattr(state, name) for name in wanted}))
+            changed = {name: result[name] for name in self._callback_tensor_inputs if name in result}
+            return dataclasses.replace(state, guidance=call.guidance, **changed)
+
+        return None if callback is None else after_step
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -334,6 +324,15 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
     def _check(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
         """Pictures (B, 3, H, W) in [0, 1], with what the safety checker flags made black; and its flags."""
         return check_safety(pixels, self.safety_checker, self.feature_extractor)
+
+    def _written(
+        self, pixels: Tensor, images: Images, region: masks.Region, of_image: list[int], output_type: str
+    ) -> tuple[Any, list[bool] | None, Any]:
+        """Pictures as the user wants them, the safety checker's flags, and, if it flagged any, all as they were."""
+        checked, flags = self._check(pixels)
+        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
+        written = write_images(checked, output_type, alphas, profiles)
+        return written, flags, write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
 
 
 def put(latents: Tensor, pictures: list[int], new: Tensor) -> Tensor:

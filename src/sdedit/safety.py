@@ -34,6 +34,6 @@ def check_safety(pixels: Tensor, checker: Any, feature_extractor: Any) -> tuple[
         warnings.warn(
             f"the safety checker flagged {sum(flags)} of {len(flags)} pictures and made them black; "
             "the originals are in .original_images, and safety_checker=None turns it off",
-            stacklevel=4,
+            stacklevel=6,
         )
     return checked, [bool(flag) for flag in flags]

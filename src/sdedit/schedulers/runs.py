@@ -191,7 +191,7 @@ class Run:
                 warnings.warn(
                     f"strength={strength:g} of {count} steps leaves none to run: the picture is the image through the "
                     "VAE; more steps, more strength or exact_steps=True change it",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return cls(parts)
 
