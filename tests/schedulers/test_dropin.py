@@ -315,6 +315,12 @@ def test_numbers_are_of_the_same_kind(name: str) -> None:
             assert a == b, number
 
 
+def test_the_schedulers_of_a_pipeline_are_enumerated() -> None:
+    theirs, ours = diffusers.schedulers.KarrasDiffusionSchedulers, schedulers.KarrasDiffusionSchedulers
+    assert {one.name: one.value for one in ours}.items() <= {one.name: one.value for one in theirs}.items()
+    assert {one.name for one in theirs} & set(CLASS_NAMES) == {one.name for one in ours}
+
+
 @pytest.mark.parametrize("name", CLASS_NAMES)
 def test_a_config_is_the_same_from_a_folder(name: str, tmp_path: Path) -> None:
     """As theirs: what was not given is known as long as the object lives, and is given once it is loaded."""
