@@ -166,16 +166,16 @@ def test_kinds_of_output(pipe: Any) -> None:
 
 
 def fail_in_half(monkeypatch: pytest.MonkeyPatch, module: Any, method: str, change: Any) -> list[torch.dtype]:
-    """Let a method of a network go wrong in half precision; gives the dtypes that it ran in."""
+    """Let a method of a network's class go wrong in half precision; gives the dtypes that it ran in."""
     dtypes: list[torch.dtype] = []
-    original = getattr(module, method)
+    original = getattr(type(module), method)
 
-    def patched(x: Any, *args: Any, **kwargs: Any) -> Any:
-        dtypes.append(module.dtype)
-        out = original(x, *args, **kwargs)
-        return change(out) if module.dtype != torch.float32 else out
+    def patched(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        dtypes.append(self.dtype)
+        out = original(self, x, *args, **kwargs)
+        return change(out) if self.dtype != torch.float32 else out
 
-    monkeypatch.setattr(module, method, patched)
+    monkeypatch.setattr(type(module), method, patched)
     return dtypes
 
 

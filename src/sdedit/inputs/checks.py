@@ -135,13 +135,12 @@ def components(parts: Mapping[str, Any]) -> None:
         raise ValueError(f"unet: takes {takes} channels{kind}; expected {gives}, the channels of the VAE's latents")
 
 
-def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
-    """A grid of one's own: one kind of it, of a kind that the scheduler takes."""
+def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> dict[str, Any]:
+    """A grid of one's own by its name, of a kind that the scheduler takes; or nothing."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas: both were given; expected at most one of the two")
-    for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if value is None:
-            continue
+    given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    for name, value in given.items():
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(
                 f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps"
@@ -152,6 +151,7 @@ def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
             raise ValueError(
                 f"{name}={values!r:.80}; expected a list of numbers that fall from the noisiest to the cleanest"
             )
+    return given
 
 
 def each(name: str, value: Any, check: Callable[..., Any], *bounds: float) -> list[Any]:

@@ -24,7 +24,7 @@ from sdedit.inputs.images import Images, pad_to_multiple
 from sdedit.inputs.pixels import Array, pil_to_array, to_unit
 
 if TYPE_CHECKING:
-    from sdedit.schedulers.runs import Run, Start
+    from sdedit.schedulers.runs import Run
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,11 @@ class Region:
             return strengths
         return limits[:1] if len(set(limits)) == 1 else limits
 
-    def keep(self, starts: Sequence[Start], clean: Tensor, noise: Tensor) -> Keep:
-        """What stays of clean latents (B, C, h, w) while runs from `starts`, one or B, go on; see `Keep`."""
+    def keep(self, run: Run, clean: Tensor, noise: Tensor) -> Keep:
+        """What stays of clean latents (B, C, h, w) in a run that is about to begin; see `Keep`."""
         if self.strengths is None:
             return Keep()
-        each = list(starts) * (len(clean) // len(starts))
-        begins = [start.call_of(own) for start, own in zip(each, self.strengths, strict=True)]
-        return Keep(torch.from_numpy(np.stack(begins))[:, None].to(clean.device), clean, noise)
+        return Keep(torch.from_numpy(run.call_of(self.strengths))[:, None].to(clean.device), clean, noise)
 
     def composed(self, pixels: Tensor, images: Images, of_image: Sequence[int]) -> Tensor:
         """Decoded pixels (B, 3, H, W) in [0, 1] where the picture may change, the input's own ones elsewhere.
@@ -91,33 +89,44 @@ class Region:
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays while the rest is denoised.
+    """What stays while the rest is denoised; nothing, if there is neither mask nor map.
 
     Attributes:
-        begins: (B, 1, h, w), the UNet call of the run from which on a latent is free; perhaps none of them.
+        calls: (B, 1, h, w), UNet calls to go until a latent is free; perhaps more than there are.
         clean: (B, C, h, w), the source's latents.
         noise: (B, C, h, w), which the source is noised with, at every level the same.
     """
 
-    begins: Tensor | None = None
+    calls: Tensor | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
 
-    def reordered(self, order: list[int]) -> Keep:
-        """With the pictures in another order."""
-        return Keep(*(None if t is None else t[order] for t in (self.begins, self.clean, self.noise)))
+    def take(self, pictures: list[int]) -> Keep:
+        """That of some of the pictures, in this order."""
+        return Keep(*(None if t is None else t[pictures] for t in (self.calls, self.clean, self.noise)))
+
+    def join(self, other: Keep, latents: Tensor, others: Tensor) -> Keep:
+        """That of two batches as one, whose latents these are: without a mask everything is free."""
+        if self.calls is None and other.calls is None:
+            return self
+        both = self._for(latents), other._for(others)
+        return Keep(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+
+    def _for(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.calls is None or self.clean is None or self.noise is None:
+            return torch.zeros_like(latents[:, :1], dtype=torch.int64), latents, latents
+        return self.calls, self.clean, self.noise
 
     def to(self, dtype: torch.dtype) -> Keep:
         """In another dtype."""
-        return Keep(self.begins, *(None if t is None else t.to(dtype) for t in (self.clean, self.noise)))
+        return Keep(self.calls, *(None if t is None else t.to(dtype) for t in (self.clean, self.noise)))
 
-    def restored(self, run: Run, i: int, latents: Tensor) -> Tensor:
-        """Latents (count, C, h, w) after the i-th call, with the source at the level just reached where it stays."""
-        if self.begins is None or self.clean is None or self.noise is None:
-            return latents
-        count = len(latents)
-        source = run.noised(i + 1, self.clean[:count], self.noise[:count])
-        return torch.where(self.begins[:count] > i, source, latents)
+    def restored(self, run: Run, latents: Tensor) -> tuple[Tensor, Keep]:
+        """After a call, latents (B, C, h, w) with the source at their level where it stays; and what stays from now."""
+        if self.calls is None or self.clean is None or self.noise is None:
+            return latents, self
+        source = run.noised(self.clean, self.noise)
+        return torch.where(self.calls > 0, source, latents), dataclasses.replace(self, calls=self.calls - 1)
 
 
 def read_region(mask_image: Any, strength_map: Any, feather: int, images: Images, factor: int) -> Region:
