@@ -58,3 +58,10 @@ def refuse_lfs_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(mark)) == mark:
             raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def shown(value: object, most: int = 100) -> str:
+    """What a file says, for a message: cut, and without signs that a terminal would obey."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= most else f"{text[:most]}…"
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -15,8 +15,8 @@ from sdedit.base import Pipeline
 from sdedit.denoising import Call, Guidance, State, inference
 from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
-from sdedit.inputs.images import ImageInput, Images, pad_to_multiple, read_images, write_images
-from sdedit.inputs.pixels import MAX_PIXELS
+from sdedit.inputs.images import ImageInput, pad_to_multiple, read_images, write_images
+from sdedit.inputs.pixels import MAX_PIXELS, Images
 from sdedit.models.ip_adapter import projections
 from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn, retry_in_float32
@@ -219,11 +219,11 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         # 5. Decode, and cut off what was padded.
         pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
         checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
-        alphas = [images.alphas[i] for i in of_image]
-        written = write_images(checked, output_type, alphas)
+        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
+        written = write_images(checked, output_type, alphas, profiles)
         if not return_dict:
             return written, flags
-        originals = write_images(pixels, output_type, alphas) if flags and any(flags) else None
+        originals = write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
         return StableDiffusionPipelineOutput(written, flags, originals, **ran)
 
     def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int], guided: bool) -> ImageEmbeds:

@@ -181,6 +181,15 @@ def _encoder_folder(source: Any, subfolder: str | None, encoder: str | None) -> 
     return source, encoder if "/" in encoder or not subfolder else f"{subfolder}/{encoder}"
 
 
+def read_ip_adapter(path: Path, unet: Any) -> ip_adapter.IPAdapter:
+    """The adapter in a file, made for a UNet and not put into it.
+
+    Raises:
+        ValueError: It is damaged, of another kind, or for another model.
+    """
+    return _make(_flat(read_nested(path), str(path)), str(path), unet)
+
+
 def _flat(state: Any, where: str) -> dict[str, Tensor]:
     """Tensors by their names with the prefixes `image_proj.` and `ip_adapter.`."""
     if not isinstance(state, Mapping):

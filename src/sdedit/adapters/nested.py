@@ -24,9 +24,10 @@ def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     Raises:
         ValueError: It is a git-lfs pointer, damaged, or names code.
     """
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    read_header(path, also=frozenset(name for _, name in stand_ins))  # walks the pickle, and makes nothing
+    # This walks a pickle, and makes nothing.
+    header = read_header(path, also=frozenset(name for _, name in stand_ins))
+    if header.kind == "safetensors":
+        return read_weights(path, header=header)
     try:
         # Mapped where it is a zip: torch then refuses compressed ones, which could unpack to any size.
         with torch.serialization.safe_globals(list(stand_ins)):

@@ -23,6 +23,7 @@ MOVED = {
     "sdedit.finetune": "sdedit.apps.finetune",
     "sdedit.framing": "sdedit.apps.framing",
     "sdedit.image_processor": "sdedit.compat.image_processor",
+    "sdedit.loading.inspect": "sdedit.apps.inspect",
     "sdedit.strokes": "sdedit.apps.strokes",
     "sdedit.utils": "sdedit.compat.utils",
 }

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdedit.inputs.images import Images, pad_to_multiple
-from sdedit.inputs.pixels import Array, pil_to_array, to_unit
+from sdedit.inputs import colour
+from sdedit.inputs.images import pad_to_multiple
+from sdedit.inputs.pixels import Array, Images, pil_to_array, to_unit
 
 if TYPE_CHECKING:
     from sdedit.schedulers.runs import Run
@@ -73,7 +74,8 @@ class Region:
     def composed(self, pixels: Tensor, images: Images, of_image: Sequence[int]) -> Tensor:
         """Decoded pixels (B, 3, H, W) in [0, 1] where the picture may change, the input's own ones elsewhere.
 
-        What the VAE does to colours is measured on what stays, and undone near it, so that no seam is seen.
+        What the VAE does to colours is measured on what stays, and undone near it, so that no seam is seen. Pictures
+        with a colour profile come out in its space, so that what stays is the same there.
         """
         if self.alpha is None or self.strengths is None or images.latent:
             return pixels
@@ -83,8 +85,18 @@ class Region:
         stays = torch.from_numpy(self.strengths == 0)[:, None].to(device, torch.float32)
         stays = F.interpolate(stays, scale_factor=self.factor)[..., :height, :width]
         corrected = (pixels + spread(source - pixels, stays, self.factor)).clamp(0, 1)
+        colours = images.colours[of_image].to(device)
+        for i, image in enumerate(of_image):
+            if images.profiles[image] is not None:
+                corrected[i] = _in_profile(corrected[i], images.profiles[image])
+                clear = 1 if images.alphas[image] is None else images.alphas[image].to(device)
+                source[i] = colours[i] * clear + (1 - clear)
         blended = torch.lerp(source, corrected, alpha)
-        return torch.where(alpha == 0, images.colours[of_image].to(device), blended)
+        return torch.where(alpha == 0, colours, blended)
+
+    def profiles(self, images: Images, of_image: Sequence[int]) -> list[bytes | None] | None:
+        """The colour profiles that composed pictures are meant by: those of the images, if something of them stays."""
+        return None if self.alpha is None or images.latent else [images.profiles[i] for i in of_image]
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,15 @@ def _channels_last(name: str, value: Tensor | Array) -> Array:
     if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or not array.size:
         raise ValueError(f"{name}: shape {list(shape)}; expected one grey value a pixel, such as (H, W) or (B, H, W)")
     return array
+
+
+def _in_profile(pixels: Tensor, profile: bytes | None) -> Tensor:
+    """(3, H, W) in [0, 1], sRGB, in the numbers of a colour profile; to 8 bits."""
+    if profile is None:
+        return pixels
+    shown = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
+    own = np.array(colour.from_srgb(shown, profile))
+    return torch.from_numpy(own).to(pixels).permute(2, 0, 1) / 255
 
 
 def feathered(mask: Tensor, width: int) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNET_PREFIXES = ("model.diffusion_model.",)
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
-OPEN_CLIP_PREFIXES = ("cond_stage_model.model.",)
+OPEN_CLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")  # the latter of SD-Turbo
 # The average of the UNet's weights over its training: here the rest of the name has no dots.
 EMA_PREFIX = "model_ema.diffusion_model"
 

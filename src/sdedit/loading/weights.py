@@ -83,6 +83,7 @@ def fill(
     *,
     dtype: torch.dtype | None,
     rename: Callable[[str, Expected], str | None] = lambda name, expected: name,
+    read: bool = True,
 ) -> None:
     """Put the tensors of `files` into a network that was built in `blank`.
 
@@ -94,16 +95,19 @@ def fill(
         files: Weights, in one or several files.
         dtype: Dtype of the floating-point parameters; as stored if `None`.
         rename: From a name in a file and what is expected to a name in the network, or `None` to leave it out.
+        read: `False` only compares.
 
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
     _, wanted, headers = fits(model, files, rename)
+    if not read:
+        return
     tensors: dict[str, Tensor] = {}
     for file, names in wanted.items():
         for portion in _portions(names, headers[file], dtype):
-            read = read_weights(file, portion, headers[file])
-            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in read.items()}
+            held = read_weights(file, portion, headers[file])
+            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in held.items()}
     put(model, tensors, dtype)
 
 
