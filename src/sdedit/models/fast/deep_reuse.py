@@ -45,6 +45,12 @@ class DeepReuse:
         return unet.up(x, skips, temb, context)
 
 
+# The levels of `enable_turbo`: from one whole UNet call to the next so many calls. DeepCache has uniform intervals of 2
+# to 20; these are where the picture of the default model in 25 steps is 50, 44 and 37 dB from the exact one
+# (benchmarks/turbo.py; docs/performance.md).
+LEVELS = {1: DeepReuse(every=3), 2: DeepReuse(every=5), 3: DeepReuse(every=8)}
+
+
 class DeepFeatures:
     """What came up from the deep layers in the last two whole calls of a run."""
 
