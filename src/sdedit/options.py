@@ -20,7 +20,10 @@ _SHAPES = 200  # of one kind of block: 20 or so a network and size of picture
 
 
 class Options:
-    """Methods that change how a pipeline computes; but for reuse of deep features, token merging and FreeU, what it computes stays."""
+    """Methods that change how a pipeline computes; what it computes stays.
+
+    But for reuse of deep features (`enable_turbo`) and token merging, which change it a little, and FreeU.
+    """
 
     unet: Any
     vae: Any

@@ -142,7 +142,7 @@ class TakesProcessors(nn.Module):
 
     @property
     def attn_processors(self) -> dict[str, Processor]:
-        """The processor of each attention layer, by its name, such as `mid_block.….attn2.processor`: the middle last."""
+        """The processor of each attention layer, by names as `mid_block.….attn2.processor`; the middle comes last."""
         layers = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, Attention)]
         found = dict(sorted(layers, key=lambda item: item[0].startswith("mid_block")))
         default = AttnProcessor()

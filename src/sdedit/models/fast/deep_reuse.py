@@ -45,9 +45,8 @@ class DeepReuse:
         return unet.up(x, skips, temb, context)
 
 
-# The levels of `enable_turbo`: from one whole UNet call to the next so many calls. DeepCache has uniform intervals of 2
-# to 20; these are where the picture of the default model in 25 steps is 50, 44 and 37 dB from the exact one
-# (benchmarks/turbo.py; docs/performance.md).
+# The levels of `enable_turbo`, by UNet calls from one whole call to the next (DeepCache's N): where 25 steps of the
+# default model come within 52, 44 and 37 dB of the exact picture (benchmarks/turbo.py; docs/performance.md).
 LEVELS = {1: DeepReuse(every=3), 2: DeepReuse(every=5), 3: DeepReuse(every=8)}
 
 
