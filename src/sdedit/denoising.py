@@ -223,6 +223,7 @@ class Call:
         interrupt: Stop after the current step.
         num_timesteps: UNet calls, for each repeat.
         scheduler: The one that is set up for it, once it is.
+        clip_skip, cross_attention_kwargs: Its arguments.
     """
 
     def __init__(self) -> None:
@@ -230,6 +231,8 @@ class Call:
         self.interrupt = False
         self.num_timesteps = 0
         self.scheduler: Any = None
+        self.clip_skip: int | None = None
+        self.cross_attention_kwargs: Mapping[str, Any] | None = None
 
 
 class _Thread(threading.local):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
-from sdedit.files import read_json, write_atomically
+from sdedit.files import is_temporary, read_json, write_atomically
+from sdedit.loading.families import recognise
 from sdedit.loading.headers import read_header
 from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
@@ -67,8 +68,11 @@ def read_adapter(
         path = folder / _choose([p.name for p in folder.iterdir()] if folder.is_dir() else [], weight_name, str(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    state = read(path)
     header = read_header(path)
+    found = recognise(header.nested())
+    if found.kind not in ("LoRA", "unknown"):
+        raise ValueError(f"{path} is {found}, not a LoRA or one of its kin; `sdedit inspect` says what loads it")
+    state = read(path)
     metadata = header.metadata if header.kind == "safetensors" else {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)
@@ -81,7 +85,7 @@ def _choose(names: list[str], weight_name: str | None, folder: str) -> str:
     for usual in _USUAL:
         if usual in names:
             return usual
-    found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt")))
+    found = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pt")) and not is_temporary(n))
     if len(found) == 1:
         return found[0]
     there = ", ".join(found) or "none"

@@ -136,7 +136,7 @@ def _try_networks(report: FileReport) -> None:
 def _pipeline_for(family: str) -> Any:
     """What can be asked to load an adapter: a pipeline's networks of a family, without values."""
     from sdedit.adapters.lora import LoraLoader
-    from sdedit.loading.weights import blank
+    from sdedit.models.blank import blank
     from sdedit.models.clip_text import CLIPTextEncoder
     from sdedit.models.unet import UNet2DConditionModel
 

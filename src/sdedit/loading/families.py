@@ -89,15 +89,16 @@ def sort_names(names: Iterable[str]) -> Sections:
         (ldm.CLIP_PREFIXES, sections.clip),
         (ldm.OPEN_CLIP_PREFIXES, sections.open_clip),
     )
-    for name in names:
+    for stored in names:
+        name = stored.replace("_orig_mod.", "")  # torch.compile puts this before the names of what it wraps
         if name.startswith(ldm.EMA_PREFIX):
-            sections.ema[name.removeprefix(ldm.EMA_PREFIX)] = name
+            sections.ema[name.removeprefix(ldm.EMA_PREFIX)] = stored
         elif not left_out.fullmatch(name):
             found = next(((t, p) for prefixes, t in tables for p in prefixes if name.startswith(p)), None)
             if found is not None:
-                found[0][name.removeprefix(found[1])] = name
+                found[0][name.removeprefix(found[1])] = stored
             else:
-                sections.others.append(name)
+                sections.others.append(stored)
     if not (sections.unet or sections.vae or sections.ema):
         _sort_bare(sections)
     return sections
@@ -105,17 +106,18 @@ def sort_names(names: Iterable[str]) -> Sections:
 
 def _sort_bare(sections: Sections) -> None:
     """Files of one network, whose names have no prefix."""
-    names = set(sections.others)
+    stored = {name.replace("_orig_mod.", ""): name for name in sections.others}
+    names = set(stored)
     try:
         if any(name.startswith("down_blocks.") for name in names):
-            sections.unet |= {part.name: name for name, part in ldm.unet_parts(names).items()}
+            sections.unet |= {part.name: stored[name] for name, part in ldm.unet_parts(names).items()}
         elif any(name.startswith("encoder.down_blocks.") for name in names):
-            renamed = {str(vae_name(name, {})): name for name in names}
+            renamed = {str(vae_name(name, {})): stored[name] for name in names}
             sections.vae |= {part.name: renamed[ours] for ours, part in ldm.vae_parts(renamed).items()}
         elif any(name.startswith("input_blocks.") for name in names):
-            sections.unet |= {name: name for name in names}
+            sections.unet |= stored
         elif any(name.startswith(("decoder.up.", "encoder.down.")) for name in names):
-            sections.vae |= {name: name for name in names}
+            sections.vae |= stored
         else:
             return
     except ValueError:  # another kind of network, whose names only look alike

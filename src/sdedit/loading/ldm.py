@@ -30,6 +30,7 @@ EMA_PREFIX = "model_ema.diffusion_model"
 LEFT_OUT = r"""
     model_ema\. .* | .* position_ids | .* attn_mask | .* logit_scale | .* text_projection (\.weight)? | .* \.loss\. .*
     | loss\. .* | betas | (sqrt_|log_)? (recip(m1)?_|one_minus_)? alphas_cumprod (_prev)? | posterior_ .* | logvar
+    | .* visual_projection (\.weight)? | cond_stage_model\.(transformer\.vision_model|model\.visual)\. .*
     | lvlb_weights | scale_factor | denoiser\. .* | v_pred | ztsnr | embedding_manager\. .*
 """
 

@@ -21,7 +21,8 @@ from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component, model_class
 from sdedit.loading.tokenizer import SIZE, clip_tokenizer
 from sdedit.loading.training_config import Training, find_training
-from sdedit.loading.weights import blank, compare, put, read_weights
+from sdedit.loading.weights import compare, put, read_weights
+from sdedit.models.blank import blank
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
