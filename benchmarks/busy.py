@@ -5,8 +5,8 @@ a bound they go to sleep. Each value is tried in processes of its own, by turns.
 
     python benchmarks/busy.py
 
-It prints a table, and writes benchmarks/results/busy.json. "Alone" is as alone as the machine is: the load is recorded. On
-a machine with other work, `nice -n -20 python benchmarks/busy.py` puts it and its busy processes before that work.
+It prints a table, and writes benchmarks/results/busy.json. "Alone" is as alone as the machine is: the load is recorded.
+On a machine with other work, `nice -n -20 python benchmarks/busy.py` puts it and its busy processes before that work.
 """
 
 from __future__ import annotations
