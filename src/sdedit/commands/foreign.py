@@ -7,9 +7,9 @@ each sampler, 1 for no clip skip. What has no counterpart here is listed, so tha
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-from sdedit.commands.metadata import KEYS, read_value
 from sdedit.commands.settings import LoraWeight, PictureSettings
 
 # The schedule that "Automatic" means for a sampler; for the others it is "Uniform".
@@ -54,24 +54,33 @@ _OWN_GRID = ("ddim", "plms", "unipc", "lcm")
 _TAG = re.compile(r"\s?<(lora|lyco|hypernet):([^:<>]{1,256})((?::[^:<>]{0,64}){0,4})>")
 # Keys that say nothing about the picture, or the same as one that is used.
 _SILENT = ("version", "model hash", "lora hashes", "hashes", "ti hashes", "app", "parser")
-_READ = ("steps", "guidance", "seed", "size", "model", "strength", "extra_noise")
+_READ = {
+    "steps": "steps",
+    "guidance": "cfg scale",
+    "seed": "seed",
+    "size": "size",
+    "model": "model",
+    "strength": "denoising strength",
+    "extra_noise": "extra noise",
+}
 
 
-def settings_of(prompt: str, negative: str, pairs: dict[str, str]) -> PictureSettings:
+def settings_of(prompt: str, negative: str, pairs: dict[str, str], read: Callable[[str, str], Any]) -> PictureSettings:
     """The settings that another tool's text means.
 
     Args:
         pairs: By lower-case keys.
+        read: The value of a setting, by its name, from its text.
 
     Raises:
         ValueError: A value is not of the kind that its key asks for.
     """
     left = {key: value for key, value in pairs.items() if key not in _SILENT}
     values: dict[str, Any] = {"weighting": True, "negative": negative, "version": pairs.get("version")}
-    for name in _READ:
-        if (text := left.pop(KEYS[name].lower(), None)) is not None:
-            values[name] = read_value(name, text)
-    values["clip_skip"] = max(read_value("clip_skip", left.pop("clip skip", "1")) - 1, 0)
+    for name, key in _READ.items():
+        if (text := left.pop(key, None)) is not None:
+            values[name] = read(name, text)
+    values["clip_skip"] = max(read("clip_skip", left.pop("clip skip", "1")) - 1, 0)
     values["sampler"] = left.pop("sampler", None)
     values["schedule_type"] = left.pop("schedule type", None) or left.pop("scheduler", None)
     values["prompt"], values["lora"], unused = _without_tags(prompt)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from sdedit.commands.foreign import AUTOMATIC, settings_of
 from sdedit.commands.settings import LoraWeight, PictureSettings
 
 MAX_TEXT = 1 << 20  # characters of a text: no tool writes a tenth of it
@@ -93,9 +94,7 @@ def from_text(text: str) -> PictureSettings:
         raise ValueError("the text 'parameters' has no line 'Steps: …': its settings cannot be read")
     prompt, negative, pairs = found
     if not pairs.get("version", "").startswith("sdedit"):
-        from sdedit.commands.foreign import settings_of
-
-        return settings_of(prompt, negative, pairs)
+        return settings_of(prompt, negative, pairs, read_value)
     values: dict[str, Any] = {"prompt": prompt, "negative": negative}
     for name, key in {**KEYS, **_EXACT}.items():
         if key.lower() in pairs:
@@ -248,7 +247,6 @@ def read_settings(path: str | os.PathLike[str]) -> PictureSettings:
 
 def sampler_label(scheduler: Any) -> tuple[str, str | None]:
     """The web UI's names of a scheduler object: sampler, and schedule type if it is not that tool's default for it."""
-    from sdedit.commands.foreign import AUTOMATIC
     from sdedit.schedulers.names import SCHEDULERS
 
     own = type(scheduler).__name__.removeprefix("Flax")
