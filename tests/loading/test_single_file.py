@@ -372,7 +372,7 @@ def test_the_command_line_takes_a_file(files: dict[str, Path], tmp_path: Path) -
     ran = CliRunner().invoke(app, [*arguments, "--steps", "2", "--size", "64x64"], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     assert (tmp_path / read_settings(tmp_path / "out.png").model).samefile(files["sd1"])
-    again = ["again", str(tmp_path / "out.png"), "-o", str(tmp_path / "twice.png")]
+    again = ["again", "--trust", str(tmp_path / "out.png"), "-o", str(tmp_path / "twice.png")]
     assert CliRunner().invoke(app, again, catch_exceptions=False).exit_code == 0
     with Image.open(tmp_path / "out.png") as first, Image.open(tmp_path / "twice.png") as second:
         assert np.array_equal(np.asarray(first), np.asarray(second))
