@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -15,14 +14,15 @@ from tqdm.auto import tqdm
 from sdedit.adapters.ip_adapter import IPAdapterLoader
 from sdedit.adapters.lora import LoraLoader
 from sdedit.adapters.textual_inversion import TextualInversionLoader
+from sdedit.compat.idioms import Idioms, loading_arguments, placement
 from sdedit.config import later
 from sdedit.denoising import Calls
 from sdedit.inputs import checks
 from sdedit.inputs.image_prompts import encode_images, for_adapters
 from sdedit.inputs.text_prompts import Reader, negative_embeds
-from sdedit.loading.folders import COMPONENTS
+from sdedit.loading.folders import COMPONENTS, class_name
 from sdedit.loading.pretrained import load_components, save_components
-from sdedit.models.adapters import set_aside
+from sdedit.models.adapters import set_aside, warn_of_unfused
 from sdedit.models.ip_adapter import projections
 from sdedit.models.offload import execution_device, refuse
 from sdedit.options import Options
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sdedit.apps.sweep import Sweep
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options, Idioms):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -44,18 +44,20 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
     feature_extractor: Any
     image_encoder: Any
     load_report: Any = None
+    _vae_scale_factor: int | None = None  # a subclass's own
+    _registered: Sequence[str] = ()  # names of a subclass's own parts
 
-    def __init__(self, *, requires_safety_checker: bool, **components: Any) -> None:
+    def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
         self._calls = Calls()
         for name in COMPONENTS:
-            setattr(self, name, components[name])
+            setattr(self, name, components.get(name))
         self.requires_safety_checker = requires_safety_checker
         self._progress_bar_config: dict[str, Any] = {}
 
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name: `StableDiffusionImg2ImgPipeline(**pipe.components)` shares them."""
-        return {name: getattr(self, name) for name in COMPONENTS}
+        return {name: getattr(self, name) for name in dict.fromkeys([*COMPONENTS, *self._registered])}
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +70,12 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
         return self.unet.dtype  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does.
+        """Move and cast all networks, as `torch.nn.Module.to` does; `torch_dtype` is another name of `dtype`.
 
         Raises:
             ValueError: A device is given, and the networks are offloaded.
         """
+        args, kwargs = placement(args, kwargs)
         devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (str, int, torch.device, torch.Tensor))]
         if self._offload is not None and devices:
             raise ValueError("to: the networks are offloaded and come to the device by turns; remove_all_hooks() first")
@@ -97,16 +100,6 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
         return self._calls.seen.guidance.scale
 
     @property
-    def _guidance_scale(self) -> float | list[float]:
-        return self.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, scale: float | Sequence[float]) -> None:
-        """Callbacks of the ecosystem write this name, to guide the steps to come otherwise."""
-        call = self._calls.seen
-        call.guidance = call.guidance.to_scale(scale)
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         """Is the UNet called with and without the prompt, in that call?"""
         return self._calls.seen.guidance.on
@@ -121,15 +114,6 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
         """Was that call cancelled?"""
         return self._calls.seen.interrupt
 
-    @property
-    def _interrupt(self) -> bool:
-        return self.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, stop: bool) -> None:
-        """Callbacks of the ecosystem write this name."""
-        self._calls.seen.interrupt = stop
-
     def cancel(self) -> None:
         """Stop after the current step and decode what there is: in a callback its call, elsewhere all that run."""
         self._calls.interrupt()
@@ -137,16 +121,19 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of an image for one of its latents, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self._vae_scale_factor or int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @vae_scale_factor.setter
+    def vae_scale_factor(self, factor: int) -> None:
+        self._vae_scale_factor = factor
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments of tqdm for the progress bar, such as `disable=True`."""
         self._progress_bar_config = kwargs
 
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Any]:
-        with tqdm(total=total, **self._progress_bar_config) as bar:
-            yield bar
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A progress bar over things, or of so many steps, as `set_progress_bar_config` says."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
 
     def encode_prompt(
         self,
@@ -297,21 +284,18 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
             variant: Such as `"fp16"`; components that have no such file use their ordinary one.
             use_safetensors: `True` never reads pickles, `False` reads only them.
             **components_and_hub: A component by its name, or `None` to leave it out (`safety_checker=None`), and
-                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub.
+                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub; `dtype` for
+                `torch_dtype`; `device_map`, one device or "auto".
 
         Raises:
             FileNotFoundError: The model, or a file of it, is missing.
             ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
         """
-        return cls(
-            **load_components(
-                pretrained_model_name_or_path,
-                torch_dtype=torch_dtype,
-                variant=variant,
-                use_safetensors=use_safetensors,
-                **components_and_hub,
-            )
-        )
+        given = dict(torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors, **components_and_hub)
+        known, own, device = loading_arguments(cls, given)
+        pipe = cls._made_of(load_components(pretrained_model_name_or_path, **known) | own)
+        pipe._name_or_path = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        return pipe if device is None else pipe.to(device)
 
     @classmethod
     def from_single_file(
@@ -349,20 +333,20 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
         """
         from sdedit.loading.single_file import load_single_file
 
+        known, own, device = loading_arguments(cls, {"torch_dtype": torch_dtype, **components_and_hub})
         parts = load_single_file(
             pretrained_model_link_or_path,
-            torch_dtype=torch_dtype,
             config=config,
             original_config=original_config,
             prediction_type=prediction_type,
             image_size=image_size,
             extract_ema=extract_ema,
-            **components_and_hub,
+            **known,
         )
         report = parts.pop("load_report")
-        pipe = cls(**parts)
-        pipe.load_report = report
-        return pipe
+        pipe = cls._made_of(parts | own)
+        pipe.load_report, pipe._name_or_path = report, str(pretrained_model_link_or_path)
+        return pipe if device is None else pipe.to(device)
 
     def save_single_file(self, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:
         """Write UNet, VAE and text encoder to one `.safetensors` file that other programs read, too."""
@@ -371,18 +355,24 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options):
         save_single_file(self, path, torch_dtype=torch_dtype)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Write all components to a folder that `from_pretrained`, and other tools, read back.
 
-        Adapters are left out, unless they are fused.
+        Adapters are left out, with a warning, unless they are fused. Each network is one file: `max_shard_size` is not
+        used. A process that is killed leaves the model of before, this one, or a folder that does not load.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         refuse("save_pretrained", self.unet)
+        warn_of_unfused(self.unet, self.text_encoder)
         with set_aside(self.unet, self.text_encoder):
             save_components(self.components, self.requires_safety_checker, save_directory, variant)
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
+        parts = ", ".join(f"{k}={class_name(v)}" for k, v in self.components.items() if v is not None)
         return f"{type(self).__name__}({parts})"

@@ -223,6 +223,7 @@ class Call:
         interrupt: Stop after the current step.
         num_timesteps: UNet calls, for each repeat.
         scheduler: The one that is set up for it, once it is.
+        clip_skip, cross_attention_kwargs: Its arguments.
     """
 
     def __init__(self) -> None:
@@ -230,6 +231,8 @@ class Call:
         self.interrupt = False
         self.num_timesteps = 0
         self.scheduler: Any = None
+        self.clip_skip: int | None = None
+        self.cross_attention_kwargs: Mapping[str, Any] | None = None
 
 
 class _Thread(threading.local):
@@ -259,6 +262,14 @@ class Calls:
     def seen(self) -> Call:
         """What attributes of the pipeline show: the one that runs in this thread, or its last, or any thread's last."""
         return self.here or _thread.last.get(self, self._last)
+
+    @property
+    def own(self) -> Call:
+        """What is written to: the call of this thread, or where a loop that is not ours keeps what it sets."""
+        call = self.here or _thread.last.get(self)
+        if call is None:
+            call = self._last = _thread.last[self] = Call()
+        return call
 
     @contextmanager
     def begin(self) -> Iterator[Call]:

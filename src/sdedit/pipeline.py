@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch import Tensor
 
 from sdedit import denoising
 from sdedit.base import Pipeline
+from sdedit.config import later
 from sdedit.denoising import Call, Guidance, State, inference
 from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
 from sdedit.inputs.images import ImageInput, pad_to_multiple, read_images, write_images
-from sdedit.inputs.pixels import MAX_PIXELS, Images
+from sdedit.inputs.opening import MAX_PIXELS
+from sdedit.inputs.pixels import Images
+from sdedit.models.fast.full_speed import one_run
 from sdedit.models.ip_adapter import projections
-from sdedit.models.unet import one_run
 from sdedit.noise import Generator, randn, retry_in_float32
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.safety import check_safety
@@ -107,6 +108,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         mask_image: ImageInput | None = None,
         strength_map: ImageInput | None = None,
         mask_feather: int = 4,
+        **others: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -144,6 +146,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             strength_map: The strength of each pixel, 0 (black) to 1 (white), likewise; `strength` is the most that any
                 of them gets. Where it is 0, the image stays to the bit.
             mask_feather: Pixels over which the change fades in from the edges of mask and map, inwards; 0: at once.
+            others: `callback(step, timestep, latents)` and `callback_steps`, the older way; anything else is ignored,
+                with a warning.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -162,16 +166,18 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         checks.output_type(output_type)
         grid = checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
-        wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        call = self._calls.seen
+        after_step = self._after_step(call, callback_on_step_end, callback_on_step_end_tensor_inputs, others)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
 
         # 1. Read the image and the prompt.
-        call = self._calls.seen
+        call.clip_skip, call.cross_attention_kwargs = clip_skip, cross_attention_kwargs
         call.guidance = Guidance(tuple(scales), distilled=self.unet.config.time_cond_proj_dim)
         guided = call.guidance.on
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
         region = masks.read_region(mask_image, strength_map, mask_feather, images, self.vae_scale_factor)
+        weighted: dict[str, Any] = {"prompt_weighting": True} if prompt_weighting else {}  # others' know nothing of it
         embeds, negative_embeds = self.encode_prompt(
             prompt,
             do_classifier_free_guidance=guided,
@@ -180,7 +186,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
-            prompt_weighting=prompt_weighting,
+            **weighted,
         )
         settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
         settings |= region.settings(len(images.pixels))
@@ -190,41 +196,33 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt, guided)
         texts = embeds[of_prompt], None if negative_embeds is None else negative_embeds[of_prompt]
 
+        run = self._begin(Steps(region.limited(strengths), counts, grid, exact_steps, eta), len(of_image), generator)
+        guidance = call.guidance.of_pictures(len(of_image), run.calls_within(self._guided))
+        call.num_timesteps, call.scheduler = run.calls, run.scheduler
+
         # 2. Encode it: latents of each picture of the batch.
         clean = latents = self._encode(images, of_image, generator)
 
-        steps = Steps(region.limited(strengths), counts, grid, exact_steps, eta)
-        run = Run.begin(self.scheduler, len(clean), steps, generator, self.device)
-        call.num_timesteps, call.scheduler = run.calls, run.scheduler
-        arguments = {"cross_attention_kwargs": cross_attention_kwargs}
-        after_step = callback_on_step_end and partial(self._called_back, call, callback_on_step_end, wanted)
-        guidance = call.guidance.of_pictures(len(clean), run.calls_within(self._guided))
         for repeat in range(repeats if run.calls else 0):
             if repeat:
                 run.restart(generator)
             # 3. Noise them to the level that strength asks for.
-            noise = randn(clean.shape, generator, device=clean.device, dtype=clean.dtype)
-            noisy = run.noised(latents + extra_noise * noise if extra_noise else latents, noise)
+            noisy, noise = self._noised(run, latents, generator, extra_noise)
 
             # 4. Denoise; what is to stay is the source, at each level.
             state = State.begin(noisy, texts, image_embeds, region.keep(run, clean, noise), guidance)
-            latents = self._denoise(call, run, state, generator, arguments, after_step)
+            latents = self._denoise(call, run, state, generator, after_step)
             if call.interrupt:
                 break
         show(self._scheduler, run)
-        ran: dict[str, Any] = {"steps": run.steps_taken, "start_sigmas": run.sigmas}
-        if output_type == "latent":
-            return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
 
         # 5. Decode, and cut off what was padded.
-        pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
-        checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
-        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
-        written = write_images(checked, output_type, alphas, profiles)
-        if not return_dict:
-            return written, flags
-        originals = write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
-        return StableDiffusionPipelineOutput(written, flags, originals, **ran)
+        pictures: tuple[Any, list[bool] | None, Any] = latents, None, None
+        if output_type != "latent":
+            pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
+            pictures = self._written(pixels, images, region, of_image, output_type)
+        out = StableDiffusionPipelineOutput(*pictures, steps=run.steps_taken, start_sigmas=run.sigmas)
+        return out if return_dict else (out.images, out.nsfw_content_detected)
 
     def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int], guided: bool) -> ImageEmbeds:
         """The image embeds of each picture of the batch."""
@@ -235,6 +233,10 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return ImageEmbeds()
         prepared = self.prepare_ip_adapter_image_embeds(image, embeds, do_classifier_free_guidance=guided)
         return ImageEmbeds.of_pictures(prepared, of_prompt, guided)
+
+    def _begin(self, steps: Steps, pictures: int, generator: Generator) -> Run:
+        """Where the pictures of the batch begin."""
+        return Run.begin(self._scheduler, pictures, steps, generator, self.device)
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
@@ -259,26 +261,30 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         encoded = retry_in_float32("VAE encoder", self.vae, run, generator)
         return encoded.to(dtype) * self.vae.config.scaling_factor
 
-    def _denoise(
-        self, call: Call, run: Run, state: State, generator: Generator, arguments: dict[str, Any], after_step: AfterStep
-    ) -> Tensor:
+    def _noised(
+        self, run: Run, latents: Tensor, generator: Generator, extra_noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) at the level that the run begins with, and the noise."""
+        noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
+        return run.noised(latents + extra_noise * noise if extra_noise else latents, noise), noise
+
+    def _denoise(self, call: Call, run: Run, state: State, generator: Generator, after_step: AfterStep) -> Tensor:
         """Noisy latents to clean ones; once more in float32 if half precision overflows."""
 
         def denoise(unet: Any, generator: Generator) -> Tensor:
             if unet is not self.unet:
                 run.restart(generator)
-            return self._loop(call, unet, run, state.to(unet.dtype), arguments, after_step)
+            return self._loop(call, unet, run, state.to(unet.dtype), after_step)
 
         denoised = retry_in_float32("UNet", self.unet, denoise, generator)
         call.guidance = state.guidance  # of the next repeat
         return denoised
 
-    def _loop(
-        self, call: Call, unet: Any, run: Run, state: State, arguments: dict[str, Any], after_step: AfterStep
-    ) -> Tensor:
+    def _loop(self, call: Call, unet: Any, run: Run, state: State, after_step: AfterStep) -> Tensor:
         """One UNet call after the other, with the pictures that have steps to go; the latents of all."""
         whole, latents, here = run, state.latents, list(range(len(state)))
-        with self._progress(max(run.steps)) as bar, one_run(unet) as kept:
+        arguments = {"cross_attention_kwargs": call.cross_attention_kwargs}
+        with self.progress_bar(total=max(run.steps)) as bar, one_run(unet) as kept:
             for i in range(run.calls):
                 if call.interrupt:
                     break
@@ -292,14 +298,19 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
                 bar.update(max(whole.steps_taken) - bar.n)
         return put(latents, here, state.latents)
 
-    def _called_back(
-        self, call: Call, callback: Callable[..., Any], names: list[str], i: int, t: Tensor, state: State
-    ) -> State:
-        """Show a step to the user's callback; the state as it leaves it."""
-        call.guidance = state.guidance
-        result = checks.callback_result(callback(self, i, t, {name: getattr(state, name) for name in names}))
-        changed = {name: result[name] for name in self._callback_tensor_inputs if name in result}
-        return dataclasses.replace(state, guidance=call.guidance, **changed)
+    def _after_step(self, call: Call, callback: Any, names: list[str] | None, others: dict[str, Any]) -> AfterStep:
+        """What shows a step to the user's callback, and gives the state as that leaves it; `None` without one."""
+        if others:
+            callback, names = later("sdedit.compat.idioms:other_arguments")(others, callback, names)
+        wanted = checks.callback(callback, names, self._callback_tensor_inputs)
+
+        def after_step(i: int, t: Tensor, state: State) -> State:
+            call.guidance = state.guidance
+            result = checks.callback_result(callback(self, i, t, {name: getattr(state, name) for name in wanted}))
+            changed = {name: result[name] for name in self._callback_tensor_inputs if name in result}
+            return dataclasses.replace(state, guidance=call.guidance, **changed)
+
+        return None if callback is None else after_step
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -309,6 +320,19 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
         return (retry_in_float32("VAE decoder", self.vae, run) / 2 + 0.5).clamp(0, 1)
+
+    def _check(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Pictures (B, 3, H, W) in [0, 1], with what the safety checker flags made black; and its flags."""
+        return check_safety(pixels, self.safety_checker, self.feature_extractor)
+
+    def _written(
+        self, pixels: Tensor, images: Images, region: masks.Region, of_image: list[int], output_type: str
+    ) -> tuple[Any, list[bool] | None, Any]:
+        """Pictures as the user wants them, the safety checker's flags, and, if it flagged any, all as they were."""
+        checked, flags = self._check(pixels)
+        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
+        written = write_images(checked, output_type, alphas, profiles)
+        return written, flags, write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
 
 
 def put(latents: Tensor, pictures: list[int], new: Tensor) -> Tensor:

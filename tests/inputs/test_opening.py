@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -321,14 +320,3 @@ def test_folders_pipes_and_the_standard_input(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(opening, "_INPUT", [])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(plain_png())))
     assert open_image("-").tobytes() == picture().tobytes() == open_image(Path("-")).tobytes()
-
-
-def test_limits_that_are_no_numbers() -> None:
-    from sdedit.commands.options import open_guide
-
-    assert resource.getrlimit(resource.RLIMIT_AS)  # nothing here changes this process's own
-    for limit in (float("nan"), 0.0, -1.0, float("-inf")):
-        with pytest.raises(ValueError, match=r"--max-megapixels .*; expected a number above 0, or inf"):
-            open_guide(Path("none.png"), limit)
-    with pytest.raises(FileNotFoundError):
-        open_guide(Path("none.png"), float("inf"))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
-from sdedit.files import read_json, write_atomically
+from sdedit.files import is_temporary, read_json, write_atomically
+from sdedit.loading.families import recognise
+from sdedit.loading.headers import read_header
 from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ def read_adapter(
         path = folder / _choose([p.name for p in folder.iterdir()] if folder.is_dir() else [], weight_name, str(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    header = read_header(path)
+    found = recognise(header.nested())
+    if found.kind not in ("LoRA", "unknown"):
+        raise ValueError(f"{path} is {found}, not a LoRA or one of its kin; `sdedit inspect` says what loads it")
     state = read(path)
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+    metadata = header.metadata if header.kind == "safetensors" else {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)
     return AdapterFile(str(path), state, metadata, read_json(config) if ours else None)
@@ -84,7 +85,7 @@ def _choose(names: list[str], weight_name: str | None, folder: str) -> str:
     for usual in _USUAL:
         if usual in names:
             return usual
-    found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt")))
+    found = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pt")) and not is_temporary(n))
     if len(found) == 1:
         return found[0]
     there = ", ".join(found) or "none"

@@ -23,11 +23,13 @@ MOVED = {
     "sdedit.finetune": "sdedit.apps.finetune",
     "sdedit.framing": "sdedit.apps.framing",
     "sdedit.image_processor": "sdedit.compat.image_processor",
+    "sdedit.loading.inspect": "sdedit.apps.inspect",
     "sdedit.strokes": "sdedit.apps.strokes",
     "sdedit.utils": "sdedit.compat.utils",
 }
 
 _PIPELINE = {"StableDiffusionImg2ImgPipeline": "sdedit.pipeline"}
+_RETRIEVE = dict.fromkeys(("retrieve_latents", "retrieve_timesteps"), "sdedit.compat.idioms")
 _OUTPUT = {"StableDiffusionPipelineOutput": "sdedit.output"}
 _CHECKER = {"StableDiffusionSafetyChecker": "sdedit.models.safety_checker"}
 _FLAX_PIPELINE = {"FlaxStableDiffusionImg2ImgPipeline": "sdedit.flax.pipeline"}
@@ -68,9 +70,40 @@ NAMES: dict[str, Mapping[str, str]] = {
     _SD: _PIPELINE | _OUTPUT | _CHECKER | _FLAX_PIPELINE | _FLAX_OUTPUT | _FLAX_CHECKER,
     f"{_SD}.pipeline_flax_stable_diffusion_img2img": _FLAX_PIPELINE,
     f"{_SD}.pipeline_output": _OUTPUT | _FLAX_OUTPUT,
-    f"{_SD}.pipeline_stable_diffusion_img2img": _PIPELINE,
+    f"{_SD}.pipeline_stable_diffusion_img2img": _PIPELINE | _RETRIEVE,
     f"{_SD}.safety_checker": _CHECKER,
     f"{_SD}.safety_checker_flax": _FLAX_CHECKER,
+}
+
+# The sixteen schedulers by the file that diffusers has each in; with an output class of its own, or a common one.
+_OUTPUTS_OF_THEIR_OWN = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmsolver_sde": "DPMSolverSDEScheduler",
+    "euler_ancestral_discrete": "EulerAncestralDiscreteScheduler",
+    "euler_discrete": "EulerDiscreteScheduler",
+    "heun_discrete": "HeunDiscreteScheduler",
+    "k_dpm_2_ancestral_discrete": "KDPM2AncestralDiscreteScheduler",
+    "k_dpm_2_discrete": "KDPM2DiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms_discrete": "LMSDiscreteScheduler",
+    "tcd": "TCDScheduler",
+}
+_COMMON_OUTPUT = {
+    "deis_multistep": "DEISMultistepScheduler",
+    "dpmsolver_multistep": "DPMSolverMultistepScheduler",
+    "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc_multistep": "UniPCMultistepScheduler",
+}
+_STEPPED = "sdedit.schedulers.base:SchedulerOutput"
+for _file, _name in (_OUTPUTS_OF_THEIR_OWN | _COMMON_OUTPUT).items():
+    _output = "SchedulerOutput" if _file in _COMMON_OUTPUT else f"{_name}Output"
+    NAMES[f"sdedit.schedulers.scheduling_{_file}"] = {_name: "sdedit.schedulers.classes", _output: _STEPPED}
+NAMES["sdedit.schedulers.scheduling_utils"] = {
+    "KarrasDiffusionSchedulers": "sdedit.compat.schedulers",
+    "SchedulerMixin": "sdedit.schedulers.base:Scheduler",
+    "SchedulerOutput": _STEPPED,
 }
 
 # Pipelines that come later, by the ends of their names.

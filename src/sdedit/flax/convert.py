@@ -42,8 +42,11 @@ class Layout(NamedTuple):
 def _clip_rename(half: str) -> Callable[[str], str | None]:
     """Names without the level that transformers took away in 5.6; no `position_ids`, which were once saved."""
 
+    # What a whole CLIP has beside its text half.
+    beside = ("vision_model.", "text_projection.", "visual_projection.", "logit_scale")
+
     def rename(name: str) -> str | None:
-        if name.endswith("position_ids"):
+        if name.endswith("position_ids") or name.startswith(beside):
             return None
         first = name.split(".")[0]
         return f"{half}.{name}" if first in ("embeddings", "encoder", "final_layer_norm") else name
@@ -166,7 +169,7 @@ def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray[An
         ValueError: The file is damaged.
         ImportError: It is a pickle, and torch is not there.
     """
-    if path.suffix == ".safetensors":
+    if read_header(path).kind == "safetensors":
         try:
             with safe_open(path, framework="np") as file:
                 return {name: file.get_tensor(name) for name in names}

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ def adapter_arguments(cross_attention_kwargs: Any) -> None:
                 f"cross_attention_kwargs={cross_attention_kwargs!r}; expected a dict such as {{'scale': 0.8}}"
             )
         if wrong := sorted(set(cross_attention_kwargs) - {"scale"}):
-            raise ValueError(f"cross_attention_kwargs has {', '.join(map(repr, wrong))}; expected only 'scale'")
+            names = ", ".join(map(repr, wrong))
+            warnings.warn(f"cross_attention_kwargs has {names}, which nothing reads; expected 'scale'", stacklevel=4)
         if "scale" in cross_attention_kwargs:
             number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"])
 

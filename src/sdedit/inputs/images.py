@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdedit.inputs.pixels import MAX_PIXELS, Array, Images, read_pixels
+from sdedit.inputs.opening import MAX_PIXELS
+from sdedit.inputs.pixels import Array, Images, read_pixels
 
 # What `image` may be, or a list of.
 ImageInput = Image.Image | Array | Tensor | Sequence[Image.Image] | Sequence[Array] | Sequence[Tensor]

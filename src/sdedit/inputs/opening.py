@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import io
 import math
-import os
 import stat
 import struct
 import sys
@@ -56,42 +55,6 @@ _ICON_SIDE = 1024  # pixels; icons are 256 or less by their format, and a few ar
 _TILE = 1 << 22  # pixels of a TIFF's tile; larger ones only for pictures that fill half of them
 
 
-def open_image(
-    path: str | os.PathLike[str] | BinaryIO, max_pixels: int | None = MAX_PIXELS, *, keep_profile: bool = False
-) -> Image.Image:
-    """Open and decode a picture file.
-
-    Args:
-        path: A file of one of `FORMATS` (or HEIC, if pillow-heif is installed); `-` is the standard input.
-        max_pixels: Larger images are refused before they are decoded; `None` allows any size.
-        keep_profile: Leave the colours in the space of the file's profile, which then is in `info`; all that reads
-            pictures here turns them into sRGB.
-
-    Returns:
-        It, upright: RGB, or RGBA where it has transparency, in sRGB. A grey one of more than 8 bits is of mode I;16.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image that is read here, damaged, or too large.
-    """
-    from sdedit.inputs.pixels import settled
-
-    with _opened(path, max_pixels) as image:
-        check_size(image.size, max_pixels)
-        _decode(image)
-        return settled(image, keep_profile=keep_profile)
-
-
-def image_info(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """What an image file says beside its pixels, as Pillow names it; no pixel is decoded, however many there are.
-
-    Raises:
-        FileNotFoundError, ValueError: As `open_image`.
-    """
-    with _opened(path, None, header=True) as image:
-        return dict(image.info)
-
-
 def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     """Refuse sides under 8 pixels and more than `max_pixels` pixels in all."""
     width, height = size
@@ -118,7 +81,7 @@ def check_tiles(image: Image.Image) -> None:
 
 
 @contextmanager
-def _opened(path: Any, max_pixels: int | None, header: bool = False) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Any, max_pixels: int | None, header: bool = False) -> Iterator[ImageFile.ImageFile]:
     """An image file whose header has been read; what goes wrong inside is the file's fault."""
     source, name = _source(path)
     with source as file:
@@ -236,7 +199,7 @@ def _check_icons(file: BinaryIO) -> None:
             raise ValueError(f"an icon in it has {size[0]}×{size[1]} pixels; expected at most {_ICON_SIDE} a side")
 
 
-def _decode(image: ImageFile.ImageFile) -> None:
+def decode(image: ImageFile.ImageFile) -> None:
     """Read the pixels. Metadata that Pillow reads after them, and fails at, does not matter."""
     if image.format == "TIFF":  # for TIFF alone, Pillow checks a limit of its own when it decodes
         image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im

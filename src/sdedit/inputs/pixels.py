@@ -6,27 +6,16 @@ in sRGB. What comes after, framing and resizing too, may take that for granted.
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from sdedit.inputs import colour
-from sdedit.inputs.opening import MAX_PIXELS, check_size, check_tiles, image_info, open_image
-
-__all__ = [
-    "MAX_PIXELS",
-    "Images",
-    "image_info",
-    "on_white",
-    "open_image",
-    "pil_to_array",
-    "read_pixels",
-    "rgb",
-    "to_unit",
-]
+from sdedit.inputs import colour, opening
+from sdedit.inputs.opening import MAX_PIXELS, check_size, check_tiles
 
 _TOLERANCE = 1e-3  # resampling and rounding overshoot
 _OVERSHOOT = 0.3  # of the range: what sharp resampling (Lanczos, along both sides) adds to its ends at most
@@ -65,6 +54,40 @@ class _Read(NamedTuple):
     latent: bool = False
     own: Array | None = None  # before it was brought to sRGB, in [0, 1]
     profile: bytes | None = None
+
+
+def open_image(
+    path: str | os.PathLike[str] | BinaryIO, max_pixels: int | None = MAX_PIXELS, *, keep_profile: bool = False
+) -> Image.Image:
+    """Open and decode a picture file.
+
+    Args:
+        path: A file of one of `opening.FORMATS` (or HEIC, if pillow-heif is installed); `-` is the standard input.
+        max_pixels: Larger images are refused before they are decoded; `None` allows any size.
+        keep_profile: Leave the colours in the space of the file's profile, which then is in `info`; all that reads
+            pictures here turns them into sRGB.
+
+    Returns:
+        It, upright: RGB, or RGBA where it has transparency, in sRGB. A grey one of more than 8 bits is of mode I;16.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image that is read here, damaged, or too large.
+    """
+    with opening.opened(path, max_pixels) as image:
+        opening.check_size(image.size, max_pixels)
+        opening.decode(image)
+        return settled(image, keep_profile=keep_profile)
+
+
+def image_info(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """What an image file says beside its pixels, as Pillow names it; no pixel is decoded, however many there are.
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_image`.
+    """
+    with opening.opened(path, None, header=True) as image:
+        return dict(image.info)
 
 
 def read_pixels(image: Any, latent_channels: int, max_pixels: int | None = MAX_PIXELS) -> Images:

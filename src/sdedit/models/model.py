@@ -8,19 +8,26 @@ from typing import Any, Self
 
 import torch
 
-from sdedit.config import Configurable
+from sdedit.config import Configurable, later
 from sdedit.models.attention_options import AttentionOptions
+from sdedit.models.kinds import check_values
+from sdedit.models.model_options import ModelOptions
+from sdedit.models.processors import TakesProcessors
 
 
-class Model(AttentionOptions, Configurable):
+class Model(TakesProcessors, ModelOptions, AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"
 
+    @classmethod
+    def _check_values(cls, values: Mapping[str, Any]) -> None:
+        check_values(values)
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """What it computes in: the dtype of the first floating-point parameter, unless that is only stored so."""
+        return self.compute_dtype or next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:
@@ -52,9 +59,7 @@ class Model(AttentionOptions, Configurable):
             FileNotFoundError: A file is missing.
             ValueError: A file is damaged, or its names and shapes are not those of the network.
         """
-        from sdedit.loading.pretrained import load_model
-
-        return load_model(
+        return later("sdedit.loading.pretrained:load_model")(  # type: ignore[no-any-return]
             cls,
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -91,9 +96,7 @@ class Model(AttentionOptions, Configurable):
             FileNotFoundError: The file is missing.
             ValueError: It is damaged, of another kind, or its names and shapes are not those of the network.
         """
-        from sdedit.loading.single_file import load_network
-
-        return load_network(
+        return later("sdedit.loading.single_file:load_network")(  # type: ignore[no-any-return]
             cls,
             pretrained_model_link_or_path,
             torch_dtype=torch_dtype,
@@ -116,12 +119,10 @@ class Model(AttentionOptions, Configurable):
         Raises:
             ValueError: `safe_serialization=False`: pickles are read, never written.
         """
-        from sdedit.loading.weights import save_weights
-
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
-        self.save_config(save_directory)
         # IP-Adapters are files of their own.
         theirs = ("encoder_hid_proj.", ".ip_adapters.")
         state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
-        save_weights(state, save_directory, self.weights_name, variant)
+        save = later("sdedit.loading.weights:save_network")
+        save(state, self.to_json_string(), save_directory, self.weights_name, variant)

@@ -147,6 +147,9 @@ class Layers(Offload):
         super().end()
         for model in self.models:
             remove_hook_from_module(model, recurse=True)
+            for layer in model.modules():  # accelerate leaves a layer's own method as its attribute
+                if getattr(vars(layer).get("forward"), "__func__", None) is type(layer).forward:
+                    del layer.forward
 
 
 def refuse(caller: str, *models: nn.Module | None) -> None:

@@ -56,6 +56,7 @@ class Part:
         timesteps: Those that run, one a UNet call.
         made: UNet calls that were made.
         order: UNet calls for a step of the solver.
+        options, draws: What the scheduler's `step` gets besides, and whether a generator.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Part:
             self.scheduler = of_its_own(scheduler)
         self.order: int = getattr(self.scheduler, "order", 1)
         taken = inspect.signature(self.scheduler.step).parameters
-        self._options = {"eta": eta} if "eta" in taken else {}
-        self._draws = "generator" in taken
+        self.options = {"eta": eta} if "eta" in taken else {}
+        self.draws = "generator" in taken
         self.restart(generator)
 
     def restart(self, generator: Generator) -> None:
@@ -149,7 +150,7 @@ class Part:
 
     def step(self, prediction: Tensor, latents: Tensor) -> Tensor:
         """The latents (B, C, H, W) after the UNet's prediction (B, C, H, W)."""
-        options = {**self._options, "generator": self.generator} if self._draws else self._options
+        options = {**self.options, "generator": self.generator} if self.draws else self.options
         t = self.timesteps[self.made]
         stepped: Tensor = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
         self.made += 1
@@ -190,7 +191,7 @@ class Run:
                 warnings.warn(
                     f"strength={strength:g} of {count} steps leaves none to run: the picture is the image through the "
                     "VAE; more steps, more strength or exact_steps=True change it",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return cls(parts)
 
