@@ -35,7 +35,7 @@ _NO_MATTER = (
 def _of_call(name: str) -> Any:
     """An attribute of the pipeline that is one of its call's."""
     return property(
-        lambda self: getattr(self._calls.seen, name), lambda self, value: setattr(self._calls.seen, name, value)
+        lambda self: getattr(self._calls.seen, name), lambda self, value: setattr(self._calls.own, name, value)
     )
 
 
@@ -110,7 +110,7 @@ class Idioms:
 
     @_guidance_scale.setter
     def _guidance_scale(self, scale: float | Sequence[float]) -> None:
-        call, distilled = self._calls.seen, self.unet.config.time_cond_proj_dim
+        call, distilled = self._calls.own, self.unet.config.time_cond_proj_dim
         call.guidance = dataclasses.replace(call.guidance.to_scale(scale), distilled=distilled)
 
     def register_modules(self, **modules: Any) -> None:
