@@ -100,7 +100,7 @@ def train(part: str, steps: int, args: argparse.Namespace) -> None:
         teacher = loss.small if part != "both" else None
         return f"held-out PSNR {psnr(model, pictures, held_out[::3], teacher):.2f} dB"
 
-    report = Report(training, samples=args.batch, often=300, measure=measure, loss=loss.recent)
+    report = Report(training, samples=args.batch, often=1500, measure=measure, loss=loss.recent)
     with Stop() as stopped:
         for value in training.run(stopped):
             report(value)

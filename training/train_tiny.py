@@ -6,13 +6,15 @@ Goes on from tiny.pt in the work folder when it is there.
 """
 
 import argparse
+import copy
 
 import torch
 from torch import Tensor
 
 from data import load
 from loop import Plan, Training
-from model import encoded, new_tiny
+from latents import finished_vae
+from model import encoded, growing, new_tiny, start_vae
 from paths import work_folder
 from report import Report
 from sdedit.models.tiny_vae import AutoencoderTiny
@@ -59,11 +61,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    from latents import finished_vae
-
     pictures, items = load()
     held_out = pools(items)[2]
-    large = finished_vae().to(args.device)
+    # Of a grown autoencoder the latents are the start's, which finds them sooner.
+    large = copy.deepcopy(start_vae()).float() if growing() else finished_vae()
+    large = large.to(args.device)
     plan = Plan(
         args.steps, args.rate, fall=args.fall, averaging=0.998, weight_decay=1e-3, muon=True, workers=args.workers
     )
@@ -77,7 +79,7 @@ def main() -> None:
         both = (psnr(tiny, pictures, held_out, large), psnr(tiny, pictures, held_out))
         return "held-out PSNR {:.2f} dB of the large one's latents, {:.2f} dB of its own".format(*both)
 
-    report = Report(training, samples=args.batch, often=300, measure=measure, loss=loss.recent)
+    report = Report(training, samples=args.batch, often=1500, measure=measure, loss=loss.recent)
     with Stop() as stopped:
         for value in training.run(stopped):
             report(value)
