@@ -36,7 +36,7 @@ def pipelines():
     import diffusers
 
     import sdedit
-    from sdedit.loading.lora import LoraLoader
+    from sdedit.adapters.lora import LoraLoader
 
     torch.manual_seed(0)
     shape = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

@@ -1,4 +1,4 @@
-"""The most memory that each option of `sdedit.memory` needs, each in its own process, at Stable Diffusion 1.5's size.
+"""The most memory that each option of `sdedit.options` needs, each in its own process, at Stable Diffusion 1.5's size.
 
 Weights are random, in bfloat16 and channels_last. What is measured is how far the process's memory grows above that of
 the loaded networks, and the CPU time, while the VAE decodes or the UNet predicts; and the error against the plain way.
@@ -81,7 +81,7 @@ def turn_on(model, option: str) -> None:
     elif option.startswith("tiling"):
         model.enable_tiling(max_bytes=256 << 20 if "256" in option else None)
     elif option == "sequential offload":
-        from sdedit.offload import Layers
+        from sdedit.models.offload import Layers
 
         Layers([model], torch.device("cpu"))
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdedit
 from pipeline import RESULTS, SMALL, UNET, Pair
-from sdedit.models.packing import packing
+from sdedit.models.fast.packing import packing
 from sdedit.models.unet import one_run
 
 # The first of these that an operator, or what called it, has in its name.

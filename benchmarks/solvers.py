@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.apps.sheets import contact_sheet
 from sdedit.schedulers.names import make_scheduler
-from sdedit.sheets import contact_sheet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -35,7 +35,7 @@ picture = pipe("red apple, 3d", image=Image.open({image!r}), strength=0.65, num_
 picture.images[0].save({out!r})
 """
 LIBRARY = DIFFUSERS.replace("from diffusers", "from sdedit")
-COMMAND = "from sdedit.cli import main; main()"
+COMMAND = "from sdedit.commands.cli import main; main()"
 
 
 def processes(folder: Path) -> dict[str, list[str]]:

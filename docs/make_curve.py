@@ -25,12 +25,12 @@ sys.path.append(str(ROOT / "training"))
 
 from data import load  # noqa: E402 (training/ is no package)
 from sdedit import DDPMScheduler, StableDiffusionImg2ImgPipeline  # noqa: E402
-from sdedit.evaluation.curve import Inputs, Row, evaluate, measure, read_inputs  # noqa: E402
-from sdedit.evaluation.exact import ExactDenoiser  # noqa: E402
-from sdedit.evaluation.plot import plot_curve  # noqa: E402
+from sdedit.apps.evaluation.curve import Inputs, Row, evaluate, measure, read_inputs  # noqa: E402
+from sdedit.apps.evaluation.exact import ExactDenoiser  # noqa: E402
+from sdedit.apps.evaluation.plot import plot_curve  # noqa: E402
+from sdedit.apps.sheets import contact_sheet  # noqa: E402
+from sdedit.apps.strokes import simulate_strokes  # noqa: E402
 from sdedit.files import write_atomically  # noqa: E402
-from sdedit.sheets import contact_sheet  # noqa: E402
-from sdedit.strokes import simulate_strokes  # noqa: E402
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # The paper's t0 for strokes, 0.5 on DDPM's linear schedule, is this strength on Stable Diffusion's: the same noise.

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from sdedit import StableDiffusionImg2ImgPipeline
-from sdedit.finetune import Samples, train_lora
-from sdedit.framing import framed
-from sdedit.sheets import contact_sheet
+from sdedit.apps.finetune import Samples, train_lora
+from sdedit.apps.framing import framed
+from sdedit.apps.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
 DOODLES = ("cat", "house", "car", "fish", "apple", "boat", "tree", "star")  # none of these is among the twenty

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdedit import StableDiffusionImg2ImgPipeline
-from sdedit.framing import framed
-from sdedit.sheets import contact_sheet
+from sdedit.apps.framing import framed
+from sdedit.apps.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": True}

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from sdedit import StableDiffusionImg2ImgPipeline
-from sdedit.framing import framed
-from sdedit.measures import l2_faithfulness
-from sdedit.sheets import contact_sheet
+from sdedit.apps.framing import framed
+from sdedit.apps.measures import l2_faithfulness
+from sdedit.apps.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -18,7 +18,7 @@ from PIL import Image
 import sdedit
 from conftest import make_folder, picture
 from sdedit import StableDiffusionImg2ImgPipeline
-from sdedit.images import read_images
+from sdedit.inputs.images import read_images
 
 STOCHASTIC = ["EulerAncestralDiscreteScheduler", "DDPMScheduler"]
 

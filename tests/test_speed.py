@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conftest import UNET, VAE, make_folder
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from sdedit.models.attention import BasicTransformerBlock, Context, FeedForward, in_blocks, merged
-from sdedit.models.deep_reuse import DeepReuse
+from sdedit.models.fast.deep_reuse import DeepReuse
 from sdedit.models.layers import ResnetBlock2D, Upsample2D
 from sdedit.models.unet import one_run
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import picture
-from sdedit.drawing import load_model
+from sdedit.commands.drawing import load_model
+from sdedit.inputs.prompts import encode_texts, tokenize
+from sdedit.inputs.weighting import chunks
 from sdedit.loading.folders import DEFAULT_MODEL
 from sdedit.loading.quick_clip import CLIPTokens, quick_parts
-from sdedit.prompts import encode_texts, tokenize
-from sdedit.weighting import chunks
 
 HEAVY = ("transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy", "sklearn")
 
@@ -39,14 +39,14 @@ def test_the_package_alone_is_light() -> None:
 
 
 def test_the_command_line_is_light_until_it_draws() -> None:
-    loaded = modules("import sdedit.cli")
+    loaded = modules("import sdedit.commands.cli")
     assert "typer" in loaded and not loaded & {"torch", "transformers", "huggingface_hub", "numpy"}
 
 
 def test_a_picture_needs_neither_transformers_nor_the_compiler(tmp_path: Path) -> None:
     picture(128, 128).save(tmp_path / "in.png")
     arguments = ["run", str(tmp_path / "in.png"), "a cat", "-o", str(tmp_path / "out.png"), "--steps", "2"]
-    loaded = modules("import sdedit.cli\ntry: sdedit.cli.main()\nexcept SystemExit: pass", *arguments)
+    loaded = modules("import sdedit.commands.cli\ntry: sdedit.commands.cli.main()\nexcept SystemExit: pass", *arguments)
     assert (tmp_path / "out.png").is_file() and "torch" in loaded
     assert not loaded & set(HEAVY)
 

@@ -13,9 +13,9 @@ from PIL import Image
 from data import SIZE
 from paths import EXPORT, REPOSITORY, read_json
 from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit.apps.framing import framed
+from sdedit.apps.sheets import contact_sheet
 from sdedit.commands.options import SUITED
-from sdedit.framing import framed
-from sdedit.sheets import contact_sheet
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -21,7 +21,7 @@ from latents import finished_vae
 from loop import read_state
 from model import SCHEDULER, TINY, UNET, VAE, averaged, new_denoiser, new_tiny, start_folder, tokenizer
 from paths import EXPORT, read_json, work_folder, write_json
-from sdedit.finetune.objective import Denoiser
+from sdedit.apps.finetune.objective import Denoiser
 
 LAYOUT = {
     "_class_name": "StableDiffusionImg2ImgPipeline",
@@ -78,7 +78,11 @@ def history(denoiser: Denoiser, vae: nn.Module, tiny: nn.Module, start_share: fl
     start = start_folder()
     before = read_json(start / "training.json") if start else {}
     steps: dict[str, Any] = {}
-    for part, names in {"vae": (*(file(part).stem for part in PARTS), "vae"), "tiny": ("tiny",), "unet": ("unet",)}.items():
+    for part, names in {
+        "vae": (*(file(part).stem for part in PARTS), "vae"),
+        "tiny": ("tiny",),
+        "unet": ("unet",),
+    }.items():
         paths = [work_folder() / f"{name}.pt" for name in names]
         states = [read_state(path) for path in paths if path.exists()]
         steps[f"{part}_steps"] = before.get(f"{part}_steps", 0) + sum(state["step"] for state in states)

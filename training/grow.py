@@ -20,7 +20,7 @@ from loop import Plan, Training
 from model import averaged, encoded, new_vae, start_vae
 from paths import work_folder
 from report import Report
-from sdedit.finetune.stopping import Stop
+from sdedit.apps.finetune.stopping import Stop
 from sdedit.models.vae import AutoencoderKL
 from train_vae import LATENT_NOISE, Crops, likeness, pools, psnr
 
@@ -64,8 +64,15 @@ class Loss:
 def learning(vae: AutoencoderKL, part: str) -> nn.Module:
     """The same, of which only what the part trains asks for a gradient."""
     trained = {
-        "outer": ("encoder.conv_in", "encoder.down_blocks.0", "encoder.down_blocks.1", "decoder.up_blocks.3",
-                  "decoder.up_blocks.4", "decoder.conv_norm_out", "decoder.conv_out"),
+        "outer": (
+            "encoder.conv_in",
+            "encoder.down_blocks.0",
+            "encoder.down_blocks.1",
+            "decoder.up_blocks.3",
+            "decoder.up_blocks.4",
+            "decoder.conv_norm_out",
+            "decoder.conv_out",
+        ),
         "decoder": ("decoder", "post_quant_conv"),
         "both": ("",),
     }[part]
@@ -111,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs=3, default=(600, 6000, 3000), help="of the three parts")
     parser.add_argument("--part", choices=PARTS, help="this one alone")
-    parser.add_argument("--fall", type=int, default=1500, help="of a part's steps at most, with a falling learning rate")
+    parser.add_argument(
+        "--fall", type=int, default=1500, help="of a part's steps at most, with a falling learning rate"
+    )
     parser.add_argument("--batch", type=int, default=16, help="crops of 128x128 a step")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from norms import quick_norms
 from optimizers import optimizers
+from sdedit.apps.finetune.workers import Workers
 from sdedit.files import write_atomically
-from sdedit.finetune.workers import Workers
 
 SAVE_SECONDS = 180.0
 

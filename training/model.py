@@ -18,9 +18,9 @@ from data import SIZE
 from loop import read_state
 from paths import work_folder
 from sdedit import DDIMScheduler, StableDiffusionImg2ImgPipeline
-from sdedit.finetune.objective import Denoiser
-from sdedit.models.unet import UNet2DConditionModel
+from sdedit.apps.finetune.objective import Denoiser
 from sdedit.models.tiny_vae import AutoencoderTiny
+from sdedit.models.unet import UNet2DConditionModel
 from sdedit.models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from words import learned_tokenizer, text_config
 

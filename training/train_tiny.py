@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from data import load
-from loop import Plan, Training
 from latents import finished_vae
+from loop import Plan, Training
 from model import encoded, growing, new_tiny, start_vae
 from paths import work_folder
 from report import Report
+from sdedit.apps.finetune.stopping import Stop
 from sdedit.models.tiny_vae import AutoencoderTiny
 from sdedit.models.vae import AutoencoderKL
-from sdedit.finetune.stopping import Stop
 from train_vae import LATENT_NOISE, Crops, likeness, pools, psnr
 
 LATENT_WEIGHT = 1.0  # of the squared error of the latents, beside that of the pictures

@@ -23,9 +23,9 @@ from model import SCHEDULER, VAE, new_denoiser, pipeline, tokenizer
 from paths import REPOSITORY, read_json, work_folder
 from report import Report
 from sdedit import DDIMScheduler
-from sdedit.finetune.objective import Objective, fresh_rng, spread_times
-from sdedit.finetune.stopping import Stop
-from sdedit.sheets import contact_sheet
+from sdedit.apps.finetune.objective import Objective, fresh_rng, spread_times
+from sdedit.apps.finetune.stopping import Stop
+from sdedit.apps.sheets import contact_sheet
 from words import LENGTH
 
 LATENT_SCALE = float(VAE["scaling_factor"])

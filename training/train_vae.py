@@ -17,8 +17,8 @@ from loop import Plan, Training
 from model import FACTOR, VAE, encoded, new_vae
 from paths import work_folder
 from report import Report
-from sdedit.finetune.objective import fresh_rng
-from sdedit.finetune.stopping import Stop
+from sdedit.apps.finetune.objective import fresh_rng
+from sdedit.apps.finetune.stopping import Stop
 from sdedit.models.tiny_vae import AutoencoderTiny
 from sdedit.models.vae import AutoencoderKL
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from sdedit.compat.paths import install
+
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -23,8 +25,16 @@ _NAMES = {
     "StableDiffusionPipelineOutput": "sdedit.output",
     "StableDiffusionSafetyChecker": "sdedit.models.safety_checker",
     "UNet2DConditionModel": "sdedit.models.unet",
+    "framed": "sdedit.apps.framing",
+    "make_scheduler": "sdedit.schedulers.names",
+    "open_image": "sdedit.inputs.pixels",
     "save_single_file": "sdedit.loading.single_file_save",
+    "search": "sdedit.apps.search",
+    "sweep": "sdedit.apps.sweep",
+    "train_lora": "sdedit.apps.finetune",
 }
+
+install()
 
 
 def __getattr__(name: str) -> Any:

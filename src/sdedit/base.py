@@ -5,32 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from sdedit.compiling import Compiling
-from sdedit.composite import Composite, composite
-from sdedit.image_prompts import ImagePrompts
+from sdedit.adapters.ip_adapter import IPAdapterLoader
+from sdedit.adapters.lora import LoraLoader
+from sdedit.adapters.textual_inversion import TextualInversionLoader
+from sdedit.config import later
+from sdedit.inputs.image_prompts import ImagePrompts
+from sdedit.inputs.text_prompts import TextPrompts
 from sdedit.loading.folders import COMPONENTS
-from sdedit.loading.ip_adapter import IPAdapterLoader
-from sdedit.loading.lora import LoraLoader
 from sdedit.loading.pretrained import load_components, save_components
-from sdedit.loading.textual_inversion import TextualInversionLoader
-from sdedit.memory import Memory
 from sdedit.models.adapters import set_aside
-from sdedit.offload import execution_device, refuse
-from sdedit.search import Found, search
-from sdedit.sweep import STRENGTHS, Sweep, sweep
-from sdedit.text_prompts import TextPrompts
-from sdedit.turbo import Turbo
+from sdedit.models.offload import execution_device, refuse
+from sdedit.options import Options
+
+if TYPE_CHECKING:
+    from sdedit.apps.composite import Composite
+    from sdedit.apps.search import Found
+    from sdedit.apps.sweep import Sweep
 
 
-class Pipeline(
-    LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Memory, Turbo, Compiling
-):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Options):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
@@ -106,12 +105,12 @@ class Pipeline(
         self,
         image: Image,
         prompt: str,
-        strengths: Sequence[float] = STRENGTHS,
+        strengths: Sequence[float] | None = None,
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> Sweep:
-        """Draw an image at several strengths in one batch, from the same noise: see `sdedit.sweep`."""
-        return sweep(self, image, prompt, strengths, generator, **settings)
+        """Draw an image at several strengths in one batch, from the same noise: see `sdedit.apps.sweep`."""
+        return later("sdedit.apps.sweep:sweep")(self, image, prompt, strengths, generator, **settings)
 
     def composite(
         self,
@@ -122,12 +121,12 @@ class Pipeline(
         scale: Any = 1.0,
         **options: Any,
     ) -> Composite:
-        """Paste cut-outs into a picture and make them one with it: see `sdedit.composite`."""
-        return composite(self, background, cutouts, prompt, at, scale, **options)
+        """Paste cut-outs into a picture and make them one with it: see `sdedit.apps.composite`."""
+        return later("sdedit.apps.composite:composite")(self, background, cutouts, prompt, at, scale, **options)
 
     def search(self, image: Image, prompt: str, faithful: float = 0.9, **options: Any) -> Found:
-        """Find the largest strength that is still faithful, or the one that somebody picks: see `sdedit.search`."""
-        return search(self, image, prompt, faithful, **options)
+        """Find the largest strength that is still faithful, or the one that somebody picks: see `apps.search`."""
+        return later("sdedit.apps.search:search")(self, image, prompt, faithful, **options)
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -14,6 +15,16 @@ from sdedit.files import read_json, write_atomically
 
 # The version of the ecosystem's folder format that is written, for tools that read this key.
 FORMAT_VERSION = "0.42.1"
+
+
+def later(path: str) -> Any:
+    """What a room above offers, imported when it is used: `later("sdedit.apps.sweep:sweep")`.
+
+    So a class can have methods that are made of it (loading a network, sweeping over strengths) while its own room
+    imports nothing from above. This is the only way in which an import may go up.
+    """
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class Config(dict[str, Any]):

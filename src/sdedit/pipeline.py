@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit import checks, masks, prompts, runs
 from sdedit.base import Pipeline
-from sdedit.image_prompts import ImageEmbeds
-from sdedit.images import ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.inputs import checks, masks, prompts
+from sdedit.inputs.image_prompts import ImageEmbeds
+from sdedit.inputs.images import ImageInput, Images, pad_to_multiple, read_images, write_images
+from sdedit.inputs.pixels import MAX_PIXELS
+from sdedit.models.offload import inference
 from sdedit.models.unet import one_run
-from sdedit.noise import Generator, randn
-from sdedit.offload import inference
+from sdedit.noise import Generator, randn, retry_in_float32
 from sdedit.output import StableDiffusionPipelineOutput
-from sdedit.pixels import MAX_PIXELS
-from sdedit.precision import finite
 from sdedit.safety import check_safety
+from sdedit.schedulers import runs
 
 
 class StableDiffusionImg2ImgPipeline(Pipeline):
@@ -244,7 +244,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             drawn = mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
             return drawn if each else drawn[of_image]
 
-        return finite("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
+        return retry_in_float32("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
 
     def _denoise(
         self,
@@ -276,7 +276,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             return self._loop(run, cast, unet_arguments, callback)
 
         asked = self._guidance_scale
-        denoised = finite("UNet", self.unet, denoise, run.generator)
+        denoised = retry_in_float32("UNet", self.unet, denoise, run.generator)
         self._guidance_scale = asked  # of the next repeat
         return denoised[torch.tensor(order).argsort()]
 
@@ -346,7 +346,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             scaled = latents.to(self.device, dtype) / vae.config.scaling_factor
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        return (finite("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
+        return (retry_in_float32("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
 
     @property
     def guidance_scale(self) -> float | list[float]:

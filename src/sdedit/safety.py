@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdedit.images import write_images
-from sdedit.offload import execution_device
+from sdedit.inputs.images import write_images
+from sdedit.models.offload import execution_device
 
 
 def check_safety(pixels: Tensor, checker: Any, feature_extractor: Any) -> tuple[Tensor, list[bool] | None]:

@@ -162,8 +162,8 @@ def test_all_of_it_without_torch(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line(folder: Path, image: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    from sdedit import cli
-    from sdedit.metadata import read_settings
+    from sdedit.commands import cli
+    from sdedit.commands.metadata import read_settings
 
     def sdedit(*arguments: Any) -> int:
         monkeypatch.setattr(sys, "argv", ["sdedit", *map(str, arguments)])

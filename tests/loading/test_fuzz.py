@@ -21,12 +21,12 @@ from safetensors.torch import save
 
 from conftest import picture
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from sdedit.commands.metadata import read_settings
 from sdedit.files import read_json
+from sdedit.inputs.pixels import open_image
 from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.inspect import describe
 from sdedit.loading.layout import weight_files
-from sdedit.metadata import read_settings
-from sdedit.pixels import open_image
 
 SECONDS = float(os.environ.get("SDEDIT_FUZZ_SECONDS", "6"))
 OURS = (ValueError, FileNotFoundError, TypeError)

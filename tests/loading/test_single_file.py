@@ -325,8 +325,8 @@ def test_configs_from_a_folder(folder: Path, loaded: Any, tmp_path: Path) -> Non
 def test_the_command_line_takes_a_file(files: dict[str, Path], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from sdedit.cli import app
-    from sdedit.metadata import read_settings
+    from sdedit.commands.cli import app
+    from sdedit.commands.metadata import read_settings
 
     picture(64, 64).save(tmp_path / "in.png")
     arguments = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from sdedit import schedulers
+from sdedit.schedulers import schedule
 from sdedit.schedulers.names import CLASS_NAMES, make_scheduler
 
 diffusers.utils.logging.set_verbosity_error()
@@ -105,6 +108,19 @@ WRONG: list[tuple[str, Options, str]] = [
     ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type: got 'flow_prediction'"),
     ("UniPCMultistepScheduler", {"solver_p": object()}, "solver_p: got"),
     ("LMSDiscreteScheduler", {"trained_betas": [0.1, 0.2]}, r"trained_betas: got shape \(2,\)"),
+    ("DDIMScheduler", {"trained_betas": [0.1, math.nan], "num_train_timesteps": 2}, "betas: got nan at place 1"),
+    ("DDIMScheduler", {"trained_betas": ["a"], "num_train_timesteps": 1}, "trained_betas: expected 1 finite numbers"),
+    ("DDIMScheduler", {"num_train_timesteps": 0}, "num_train_timesteps: got 0; expected a whole number from 1 to 1000"),
+    ("EulerDiscreteScheduler", {"num_train_timesteps": "1000"}, "num_train_timesteps: got '1000'; expected a whole"),
+    ("EulerDiscreteScheduler", {"num_train_timesteps": 10.5}, "num_train_timesteps: got 10.5; expected a whole"),
+    ("DEISMultistepScheduler", {"beta_start": math.nan}, "beta_start: got nan; expected a finite number from 0"),
+    ("DEISMultistepScheduler", {"beta_end": math.inf}, "beta_end: got inf; expected a finite number from 0"),
+    ("PNDMScheduler", {"beta_start": None}, "beta_start: got None; expected a finite number"),
+    ("PNDMScheduler", {"beta_end": "0.02"}, "beta_end: got '0.02'; expected a finite number"),
+    ("DDIMScheduler", {"steps_offset": None}, "steps_offset: got None; expected a whole number"),
+    ("DDIMScheduler", {"clip_sample": "no"}, "clip_sample: got 'no'; expected one of False, True"),
+    ("DDIMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio: got 2"),
+    ("LCMScheduler", {"original_inference_steps": 0}, "original_inference_steps: got 0; expected a whole"),
 ]
 
 
@@ -112,6 +128,23 @@ WRONG: list[tuple[str, Options, str]] = [
 def test_wrong_options(name: str, options: Options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(schedulers, name)(**options)
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_a_schedule_too_long_to_make_is_refused_before_it_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "make_betas", lambda *args: pytest.fail("the table was made"))
+    with pytest.raises(ValueError, match="num_train_timesteps: got 1000000000; expected a whole number"):
+        getattr(schedulers, name)(num_train_timesteps=10**9)
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_the_constructor_is_that_of_diffusers(name: str) -> None:
+    """Positional use works, and tools that read signatures see the same names in the same order, and the defaults."""
+    theirs, ours = (list(inspect.signature(getattr(m, name)).parameters.values()) for m in (diffusers, schedulers))
+    assert [(p.name, p.kind) for p in ours] == [(p.name, p.kind) for p in theirs]
+    differ = {p.name for p, q in zip(ours, theirs, strict=True) if p.default != q.default}
+    assert differ <= {"disable_corrector"}  # an empty tuple here: a default that nobody can change
+    assert getattr(schedulers, name)(500, 0.001).config.beta_start == 0.001
 
 
 WRONG_TIMES: list[tuple[str, Options, Options, str]] = [

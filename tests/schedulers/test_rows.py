@@ -19,7 +19,7 @@ from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, make_scheduler
 from sdedit.schedulers.rows import Memory, Row
 from sdedit.schedulers.schedule import Schedule, make_betas, space_sigmas, space_times, symmetric_beta_quantile
-from sdedit.schedulers.solvers.exploding import lagrange_integrals
+from sdedit.schedulers.solvers.sigma_space import lagrange_integrals
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 Options = dict[str, Any]

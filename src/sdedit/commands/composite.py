@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import draw
+from sdedit.commands.metadata import Settings, hash_file, save_picture
 from sdedit.commands.options import SUITED, USUAL, check_output, open_guide
-from sdedit.drawing import draw
-from sdedit.metadata import Settings, hash_file, save_picture
 
 
 def composite(
@@ -48,7 +48,7 @@ def composite(
     check_output(output)
     places = [_point(text) for text in at]
     opened = [open_guide(path, max_megapixels) for path in (background, *cutouts)]
-    from sdedit.composite import paste
+    from sdedit.apps.composite import paste
 
     scales = scale[0] if scale and len(scale) == 1 else scale or 1.0
     pasted = paste(opened[0], opened[1:], places, scales, margin=margin, match_colours=match_colours)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import ready_pipe, say
+from sdedit.commands.metadata import Settings
 from sdedit.commands.options import SUITED, USUAL, numbers
-from sdedit.drawing import ready_pipe, say
-from sdedit.metadata import Settings
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
     pipe.set_progress_bar_config(disable=True)
     from tqdm.auto import tqdm
 
-    from sdedit.evaluation.curve import evaluate as draw_curve
-    from sdedit.evaluation.curve import read_inputs, write_csv
+    from sdedit.apps.evaluation.curve import evaluate as draw_curve
+    from sdedit.apps.evaluation.curve import read_inputs, write_csv
 
     def progress(batches: Iterable[Any]) -> Iterable[Any]:
         return tqdm(batches, unit="batch")
@@ -75,7 +75,7 @@ def evaluate(
         what = f"strength {row.strength:g}" if row.what == "drawn" else row.what
         typer.echo(f"{what}: L2 {row.l2:.1f}, kernel distance on wavelet features {row.wavelet_kernel_distance:.4g}")
     typer.echo(output)
-    from sdedit.evaluation.plot import plot_curve
+    from sdedit.apps.evaluation.plot import plot_curve
 
     try:
         plot_curve({model: rows}, output.with_suffix(".png"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdedit.metadata import Settings
+from sdedit.commands.metadata import Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +85,7 @@ def beside(picture: Path, name: str) -> Path:
 
 def open_guide(image: Path, max_megapixels: float) -> Image:
     """The input image."""
-    from sdedit.pixels import open_image
+    from sdedit.inputs.pixels import open_image
 
     return open_image(image, int(max_megapixels * 1e6))
 

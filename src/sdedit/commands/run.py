@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import draw, say
+from sdedit.commands.metadata import Settings, hash_file, read_settings, scheduler_from_label
 from sdedit.commands.options import SUITED, USUAL, beside, check_output, open_guide, with_weight
-from sdedit.drawing import draw, say
-from sdedit.metadata import Settings, hash_file, read_settings, scheduler_from_label
 
 
 def run(

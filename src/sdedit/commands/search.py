@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import ready, save_all, say
+from sdedit.commands.metadata import Settings, hash_file
 from sdedit.commands.options import SUITED, USUAL, check_output, open_guide
-from sdedit.drawing import ready, save_all, say
 from sdedit.files import write_atomically
-from sdedit.metadata import Settings, hash_file
 
 if TYPE_CHECKING:
-    from sdedit.sweep import Sweep
+    from sdedit.apps.sweep import Sweep
 
 
 def search(
@@ -81,7 +81,7 @@ def search(
 
 def _ask(shown: Sweep, last: int | None, sheet: Path) -> int | None:
     """Write the candidates on a sheet and ask for the number of the best; 0 keeps the one before."""
-    from sdedit.sheets import contact_sheet
+    from sdedit.apps.sheets import contact_sheet
 
     labels = [f"{i + 1}: strength {s:.3g}" for i, s in enumerate(shown.strengths)]
     with write_atomically(sheet) as temporary:

@@ -22,8 +22,8 @@ def strokes(
     debug: o.Debug = False,
 ) -> None:
     """Make of PHOTO what somebody might paint of it: few colours, nothing fine; a guide for tests and demos."""
+    from sdedit.apps.strokes import simulate_strokes
     from sdedit.files import write_atomically
-    from sdedit.strokes import simulate_strokes
 
     check_output(output)
     painted = simulate_strokes(open_guide(photo, max_megapixels), colors, kernel)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import ready
+from sdedit.commands.metadata import Settings
 from sdedit.commands.options import SUITED, USUAL, check_output, numbers, open_guide
-from sdedit.drawing import ready
-from sdedit.metadata import Settings
 
 
 def sweep(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from sdedit.commands import options as o
+from sdedit.commands.drawing import load_model, place, say
 from sdedit.commands.options import SUITED, USUAL, open_guide
-from sdedit.drawing import load_model, place, say
 
 app = typer.Typer(help="Teach a model something new.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -63,7 +63,7 @@ def lora(
     debug: o.Debug = False,
 ) -> None:
     """Teach a model what the pictures of FOLDER show; Ctrl-C saves, and the same command goes on."""
-    from sdedit.finetune import Samples, train_lora
+    from sdedit.apps.finetune import Samples, train_lora
 
     images = [open_guide(path, max_megapixels) for path in sample_image or ()]
     suited = SUITED if model == "default" else USUAL

@@ -13,11 +13,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sdedit.adapters import arrays, embedding_files
+from sdedit.adapters import files as lora_files
+from sdedit.adapters import formats as lora_formats
+from sdedit.adapters import kinds as lora_kinds
+from sdedit.adapters.embedding_files import EmbeddingReport
+from sdedit.adapters.formats import LoadReport
 from sdedit.flax import convert
-from sdedit.loading import arrays, embedding_files, lora_files, lora_formats, lora_kinds
-from sdedit.loading.embedding_files import EmbeddingReport
 from sdedit.loading.headers import read_header
-from sdedit.loading.lora_formats import LoadReport
 
 _TABLE = "text_model/embeddings/token_embedding/embedding"
 _COMPONENTS = ("unet", "text_encoder")
@@ -132,7 +135,7 @@ def _read_nested(path: Path, stand_ins: Sequence[tuple[type, str]]) -> Any:
     if path.suffix == ".safetensors":
         return _read_file(path)
     try:
-        from sdedit.loading.nested import read_nested
+        from sdedit.adapters.nested import read_nested
     except ImportError as error:
         raise convert.needs_torch(path) from error
     return read_nested(path, stand_ins)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sdedit import checks, prompts
 from sdedit.flax import stages
 from sdedit.flax.base import FlaxPipeline, mesh_for
 from sdedit.flax.model import Params
 from sdedit.flax.schedulers import laid_out, make_table
+from sdedit.inputs import checks, prompts
+from sdedit.inputs.pixels import read_pixels
 from sdedit.output import Output
-from sdedit.pixels import read_pixels
 
 
 @dataclass

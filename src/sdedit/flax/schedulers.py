@@ -177,7 +177,7 @@ class FlaxScheduler(Plan):
 
     def scale_model_input(self, state: FlaxSchedulerState, sample: Array, timestep: Any = None) -> Array:
         """What the UNet is to see of the sample: x itself, also where the sample is x/α; (B, C, H, W) both."""
-        return sample * row_at(self._table(state), state.index).scale if self.exploding else sample
+        return sample * row_at(self._table(state), state.index).scale if self.in_sigma_space else sample
 
     def step(
         self,

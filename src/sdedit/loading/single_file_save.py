@@ -15,7 +15,7 @@ from sdedit.files import write_atomically
 from sdedit.loading import keymaps as maps
 from sdedit.loading import ldm
 from sdedit.loading.checkpoint import blank
-from sdedit.offload import refuse
+from sdedit.models.offload import refuse
 
 
 def save_single_file(source: Any, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdedit.models.adapters import layers
 from sdedit.models.attention import Attention, BasicTransformerBlock
-from sdedit.offload import refuse
+from sdedit.models.offload import refuse
 
 # Bytes of the scores that `by_queries` lets a plain softmax make at once.
 _SCORES = 64 << 20

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import Attention, ImageKeysValues, attention
-from sdedit.offload import refuse
+from sdedit.models.offload import refuse
 
 Shapes = Mapping[str, torch.Size]
 

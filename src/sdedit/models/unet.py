@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sdedit.models.adapters import scaled_call
 from sdedit.models.attention import BasicTransformerBlock, Context, Transformer2DModel
 from sdedit.models.attention_options import FusedProjections
-from sdedit.models.deep_reuse import DeepReuse
-from sdedit.models.freeu import FreeU
+from sdedit.models.fast.deep_reuse import DeepReuse
+from sdedit.models.fast.freeu import FreeU
+from sdedit.models.fast.packing import forget, packing
 from sdedit.models.kinds import known_block, per_block, refuse_other_kinds
 from sdedit.models.layers import (
     Downsample2D,
@@ -28,7 +29,6 @@ from sdedit.models.layers import (
     timestep_embedding,
 )
 from sdedit.models.model import Model
-from sdedit.models.packing import forget, packing
 from sdedit.output import Output
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, make_scheduler, resolve
+from sdedit.config import later
+from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, make_scheduler
 
 __all__ = ["SCHEDULERS", "SchedulerOutput", "make_scheduler", *CLASS_NAMES]
 
 
 def __getattr__(name: str) -> Any:
     if name in CLASS_NAMES:
-        return resolve(name)
+        return later(f"sdedit.schedulers.classes:{name}")
     if name in ("Scheduler", "SchedulerOutput"):
-        from sdedit.schedulers import base
-
-        return getattr(base, name)
+        return later(f"sdedit.schedulers.base:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

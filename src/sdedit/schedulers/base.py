@@ -14,7 +14,6 @@ from sdedit.noise import Generator, randn
 from sdedit.output import Output
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers import schedule as s
-from sdedit.schedulers.names import CLASS_NAMES, resolve
 from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Memory
 
@@ -56,8 +55,8 @@ class Scheduler(Plan):
     timesteps: Tensor
     sigmas: Tensor
 
-    def _start(self, **allowed: tuple[Any, ...]) -> None:
-        super()._start(**allowed)
+    def _start(self) -> None:
+        super()._start()
         bar = self._schedule.alphas_cumprod
         self.betas = torch.from_numpy(self._schedule.betas)
         self.alphas = 1.0 - self.betas
@@ -208,7 +207,7 @@ class Scheduler(Plan):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the UNet is to see of the sample: x itself, also where the sample is x/α; (B, C, H, W) both."""
-        if not self.exploding:
+        if not self.in_sigma_space:
             return sample
         index = self._enter(timestep)
         return sample * self.rows(self._first)[index - self._first].scale
@@ -231,11 +230,6 @@ class Scheduler(Plan):
         shape = (-1, *(1 for _ in original_samples.shape[1:]))
         p, q = (torch.from_numpy(v).to(original_samples.device).reshape(shape) for v in (signal, level))
         return mix(p, original_samples, q, noise)
-
-    @property
-    def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that this scheduler's config can make."""
-        return [resolve(name) for name in CLASS_NAMES]
 
 
 def mix(p: float | Tensor, x: Tensor, q: float | Tensor, y: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# fmt: off
-
 
 class BrownianPath:
     """A Brownian path over the levels s of a run, or one for each sample, from torchsde's tree, on the CPU.
@@ -33,8 +31,16 @@ class BrownianPath:
         size = tuple(shape) if self._one else tuple(shape[1:])
         self._paths = [
             torchsde.BrownianInterval(
-                t0=self._ends[0], t1=self._ends[1], size=size, dtype=torch.float32, device="cpu",
-                entropy=one, tol=1e-6, cache_size=200, pool_size=24, halfway_tree=True,
+                t0=self._ends[0],
+                t1=self._ends[1],
+                size=size,
+                dtype=torch.float32,
+                device="cpu",
+                entropy=one,
+                tol=1e-6,
+                cache_size=200,
+                pool_size=24,
+                halfway_tree=True,
             )
             for one in seeds
         ]

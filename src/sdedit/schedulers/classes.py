@@ -14,19 +14,27 @@ import torch
 from torch import Tensor
 
 from sdedit.noise import Generator
-from sdedit.schedulers import exploding, log_snr, training_steps
 from sdedit.schedulers.base import Scheduler, SchedulerOutput, mix
 from sdedit.schedulers.brownian import BrownianPath
+from sdedit.schedulers.names import CLASS_NAMES, check_class_name
 from sdedit.schedulers.schedule import Grid
+from sdedit.schedulers.solvers import log_snr, sigma_space, training_steps
 
-# fmt: off
+
+class PublicScheduler(Scheduler):
+    """Base of the sixteen: each knows the others."""
+
+    @property
+    def compatibles(self) -> list[type[Scheduler]]:
+        """The classes that this scheduler's config can make."""
+        return [resolve(name) for name in CLASS_NAMES]
 
 
-class TrainingStepScheduler(Scheduler):
+class TrainingStepScheduler(PublicScheduler):
     """Base of the schedulers whose times are training steps: any of them can be noised to, not those of a run alone."""
 
-    def _start(self, **allowed: tuple[Any, ...]) -> None:
-        super()._start(**allowed)
+    def _start(self) -> None:
+        super()._start()
         bar = self._schedule.alphas_cumprod
         self._levels = torch.from_numpy(np.stack([np.sqrt(bar), np.sqrt(1 - bar)]))  # (2, T): α, σ
 
@@ -56,8 +64,14 @@ class DDIMScheduler(TrainingStepScheduler, training_steps.DDIM):
     """DDIM (arXiv 2010.02502)."""
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, eta: float = 0.0,
-        use_clipped_model_output: bool = False, generator: Generator = None, variance_noise: Tensor | None = None,
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generator = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Any, ...]:
         """`Scheduler.step`, with options.
@@ -107,19 +121,31 @@ class TCDScheduler(TrainingStepScheduler, training_steps.TCD):
     """Sampling of trajectory consistency models (arXiv 2402.19159)."""
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, eta: float = 0.3,
-        generator: Generator = None, return_dict: bool = True,
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.3,
+        generator: Generator = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Any, ...]:
         """`Scheduler.step`, with `eta`, the paper's γ in [0, 1] (0 adds no noise), and `generator`, for the noise."""
         return self._advance(model_output, timestep, sample, return_dict, generator, eta=float(eta))
 
 
-class EulerDiscreteScheduler(Scheduler, exploding.EulerDiscrete):
+class EulerDiscreteScheduler(PublicScheduler, sigma_space.EulerDiscrete):
     """Euler's method, with optional churn (arXiv 2206.00364)."""
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, s_churn: float = 0.0,
-        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0, generator: Generator = None,
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generator = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Any, ...]:
         """`Scheduler.step`, with options.
@@ -135,13 +161,13 @@ class EulerDiscreteScheduler(Scheduler, exploding.EulerDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, generator, **options)
 
 
-class EulerAncestralDiscreteScheduler(Scheduler, exploding.EulerAncestralDiscrete):
+class EulerAncestralDiscreteScheduler(PublicScheduler, sigma_space.EulerAncestralDiscrete):
     """Euler's method with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class LMSDiscreteScheduler(Scheduler, exploding.LMSDiscrete):
+class LMSDiscreteScheduler(PublicScheduler, sigma_space.LMSDiscrete):
     """Linear multistep (k-diffusion's `lms`)."""
 
     def step(  # type: ignore[override]
@@ -153,21 +179,21 @@ class LMSDiscreteScheduler(Scheduler, exploding.LMSDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, order=int(order))
 
 
-class HeunDiscreteScheduler(Scheduler, exploding.HeunDiscrete):
+class HeunDiscreteScheduler(PublicScheduler, sigma_space.HeunDiscrete):
     """Heun's method (arXiv 2206.00364)."""
 
 
-class KDPM2DiscreteScheduler(Scheduler, exploding.KDPM2Discrete):
+class KDPM2DiscreteScheduler(PublicScheduler, sigma_space.KDPM2Discrete):
     """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927)."""
 
 
-class KDPM2AncestralDiscreteScheduler(Scheduler, exploding.KDPM2AncestralDiscrete):
+class KDPM2AncestralDiscreteScheduler(PublicScheduler, sigma_space.KDPM2AncestralDiscrete):
     """DPM-Solver-2 with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DPMSolverSDEScheduler(Scheduler, exploding.DPMSolverSDE):
+class DPMSolverSDEScheduler(PublicScheduler, sigma_space.DPMSolverSDE):
     """DPM-Solver++ SDE on one Brownian path (arXiv 2211.01095); needs torchsde."""
 
     def _set_grid(self, grid: Grid, steps: int | None) -> None:
@@ -192,33 +218,49 @@ class DPMSolverSDEScheduler(Scheduler, exploding.DPMSolverSDE):
         return [int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu")) for g in each]
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True,
-        s_noise: float = 1.0, generator: Generator = None,
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        s_noise: float = 1.0,
+        generator: Generator = None,
     ) -> SchedulerOutput | tuple[Any, ...]:
         """`Scheduler.noisy_step`, with `s_noise`, the scale of the noise."""
         return self._advance(model_output, timestep, sample, return_dict, generator, noise_scale=float(s_noise))
 
 
-class DPMSolverMultistepScheduler(Scheduler, log_snr.DPMSolverMultistep):
+class DPMSolverMultistepScheduler(PublicScheduler, log_snr.DPMSolverMultistep):
     """DPM-Solver++, DPM-Solver or their SDE forms, multistep (arXiv 2211.01095)."""
 
     def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generator = None,
-        variance_noise: Tensor | None = None, return_dict: bool = True,
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Any, ...]:
         """`Scheduler.step`, with `generator` for the SDE forms' noise, or `variance_noise` (B, C, H, W) itself."""
         return self._advance(model_output, timestep, sample, return_dict, generator, variance_noise)
 
 
-class DPMSolverSinglestepScheduler(Scheduler, log_snr.DPMSolverSinglestep):
+class DPMSolverSinglestepScheduler(PublicScheduler, log_snr.DPMSolverSinglestep):
     """DPM-Solver++, DPM-Solver or the SDE form, single-step (arXiv 2211.01095)."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DEISMultistepScheduler(Scheduler, log_snr.DEISMultistep):
+class DEISMultistepScheduler(PublicScheduler, log_snr.DEISMultistep):
     """DEIS (arXiv 2204.13902)."""
 
 
-class UniPCMultistepScheduler(Scheduler, log_snr.UniPCMultistep):
+class UniPCMultistepScheduler(PublicScheduler, log_snr.UniPCMultistep):
     """UniPC (arXiv 2302.04867)."""
+
+
+def resolve(class_name: str) -> type[Scheduler]:
+    """The class of a name in `CLASS_NAMES`."""
+    found: type[Scheduler] = globals()[check_class_name(class_name)]
+    return found

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdedit.config import later
 
 if TYPE_CHECKING:
     from sdedit.schedulers.base import Scheduler
     from sdedit.schedulers.plan import Plan
 
-# Public class: the module that has its plan.
+# Public class: the module of `solvers` that has its plan.
 CLASS_NAMES = {
     "DDIMScheduler": "training_steps",
     "DDPMScheduler": "training_steps",
     "PNDMScheduler": "training_steps",
     "LCMScheduler": "training_steps",
     "TCDScheduler": "training_steps",
-    "EulerDiscreteScheduler": "exploding",
-    "EulerAncestralDiscreteScheduler": "exploding",
-    "LMSDiscreteScheduler": "exploding",
-    "HeunDiscreteScheduler": "exploding",
-    "KDPM2DiscreteScheduler": "exploding",
-    "KDPM2AncestralDiscreteScheduler": "exploding",
-    "DPMSolverSDEScheduler": "exploding",
+    "EulerDiscreteScheduler": "sigma_space",
+    "EulerAncestralDiscreteScheduler": "sigma_space",
+    "LMSDiscreteScheduler": "sigma_space",
+    "HeunDiscreteScheduler": "sigma_space",
+    "KDPM2DiscreteScheduler": "sigma_space",
+    "KDPM2AncestralDiscreteScheduler": "sigma_space",
+    "DPMSolverSDEScheduler": "sigma_space",
     "DPMSolverMultistepScheduler": "log_snr",
     "DPMSolverSinglestepScheduler": "log_snr",
     "DEISMultistepScheduler": "log_snr",
@@ -84,18 +85,17 @@ SCHEDULERS = {
 }
 
 
-def resolve(class_name: str) -> type[Scheduler]:
-    """The class of a name in `CLASS_NAMES`, imported."""
+def check_class_name(class_name: str) -> str:
+    """Give back a name of `CLASS_NAMES`; raise a `ValueError` that names them for any other."""
     if class_name not in CLASS_NAMES:
         raise ValueError(f"scheduler: no class {class_name!r}; there are {', '.join(CLASS_NAMES)}")
-    found: type[Scheduler] = getattr(importlib.import_module("sdedit.schedulers.classes"), class_name)
-    return found
+    return class_name
 
 
 def resolve_plan(class_name: str) -> type[Plan]:
     """The plan of a name in `CLASS_NAMES`: the same options, grid and solver, without PyTorch."""
-    module = importlib.import_module(f"sdedit.schedulers.{CLASS_NAMES[class_name]}")
-    found: type[Plan] = getattr(module, class_name.removesuffix("Scheduler"))
+    module = f"sdedit.schedulers.solvers.{CLASS_NAMES[check_class_name(class_name)]}"
+    found: type[Plan] = later(f"{module}:{class_name.removesuffix('Scheduler')}")
     return found
 
 
@@ -110,4 +110,7 @@ def make_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrid
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler: no {name!r}; there are {', '.join(SCHEDULERS)}")
     found = SCHEDULERS[name]
-    return resolve(found.class_name).from_config(config or {}, **{**found.options, **overrides})
+    made: Scheduler = later(f"sdedit.schedulers.classes:{found.class_name}").from_config(
+        config or {}, **{**found.options, **overrides}
+    )
+    return made

@@ -6,34 +6,21 @@ step.
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sdedit.config import Configurable
+from sdedit.config import Configurable, later
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers import schedule as s
+from sdedit.schedulers.options import Option, signature
 from sdedit.schedulers.rows import Row
 
-Betas = Sequence[float] | np.ndarray[Any, Any] | None
-
-# Values that options of several classes may have. Those of flow matching, which Stable Diffusion has none of, are
-# accepted where they turn it off.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": s.BETA_SCHEDULES,
-    "timestep_spacing": s.SPACINGS,
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "use_flow_sigmas": (False,),
-    "flow_shift": (1.0,),
-    "use_dynamic_shifting": (False,),
-    "time_shift_type": ("exponential",),
-    "shift_terminal": (None,),
-}
 _SIGMA_FLAGS = {
     "karras": "use_karras_sigmas",
     "exponential": "use_exponential_sigmas",
@@ -43,20 +30,21 @@ _SIGMA_FLAGS = {
 
 
 class Plan(Configurable):
-    """Base of the plans: a subclass gives its options (`__init__`), its grid (`_visit`) and its `solver`.
+    """Base of the plans: a subclass gives its `options`, its grid (`_visit`) and its `solver`.
 
     Attributes:
+        options: What its constructor takes, in the order of positional arguments.
         num_inference_steps: What `lay_out` was asked for, or `None`.
         order: Evaluations of the UNet for each step.
         threshold: (ratio, bound) of dynamic thresholding, if it is on.
     """
 
     config_name = "scheduler_config.json"
+    options: ClassVar[Mapping[str, Option]] = {}
     order: ClassVar[int] = 1
     solver: ClassVar[Callable[..., Row]]
-    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     layouts: ClassVar[tuple[str, ...]] = ()  # what `lay_out` takes beside the number
-    exploding: ClassVar[bool] = False  # the sample is x/α
+    in_sigma_space: ClassVar[bool] = False  # the sample is x/α
     memoryless: ClassVar[bool] = False  # no row needs those before it, so `step` takes any of the timesteps
     complete: ClassVar[bool] = False  # `step` works without `set_timesteps`, over all training steps
     keep_signal: ClassVar[bool] = True  # the solver divides by α, so zero SNR is kept just above zero
@@ -68,19 +56,26 @@ class Plan(Configurable):
     num_inference_steps: int | None
     threshold: tuple[float, float] | None
 
-    def _start(self, **allowed: tuple[Any, ...]) -> None:
-        """Check the recorded config and build the noise schedule; what every `__init__` does."""
-        c, self._own = self.config, frozenset(inspect.signature(type(self).__init__).parameters) - {"self"}
-        for name, values in (_ALLOWED | {"prediction_type": self.predictions} | allowed).items():
-            if name in self._own:
-                s.check(name, c[name], values)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "options" in cls.__dict__:
+            _give_constructor(cls)
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        """Check the recorded config and build the noise schedule."""
+        c = self.config
+        self._own = frozenset(self.options) & set(c)
+        for name in self._own:
+            self.options[name].check(name, c[name])
         self._spacing = self._sigma_spacing()
         count = c.num_train_timesteps
-        betas = np.asarray(c.trained_betas, dtype=np.float32) if c.trained_betas is not None else None
-        if betas is None:
+        if c.trained_betas is None:
             betas = s.make_betas(c.beta_schedule, c.beta_start, c.beta_end, count)
-        elif betas.shape != (count,):
-            raise ValueError(f"trained_betas: got shape {betas.shape}; num_train_timesteps asks for ({count},)")
+        else:
+            betas = s.given_betas(c.trained_betas, count)
         zero_snr = c.get("rescale_betas_zero_snr", False) and "rescale_betas_zero_snr" in self._own
         self._schedule = s.Schedule(
             s.zero_terminal_snr(betas) if zero_snr else betas,
@@ -153,8 +148,10 @@ class Plan(Configurable):
         if key not in self._solved:
             grid, steps = self._grid, self.num_inference_steps or len(self._grid.times)
             mids = [] if grid.mids is None else grid.mids.tolist()
-            run = s.Run(self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids)
-            solved = [type(self).solver(run, i, **options) for i in range(first, len(run.times))]
+            problem = s.Problem(
+                self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids
+            )
+            solved = [type(self).solver(problem, i, **options) for i in range(first, len(grid.times))]
             self._solved[key] = row_functions.finish(
                 solved, clip=self._clip, threshold=self.threshold is not None, keep_m=self.m_field is not None
             )
@@ -183,7 +180,7 @@ class Plan(Configurable):
     def levels(self, places: Sequence[int]) -> tuple[s.Array, s.Array]:
         """Weights of the image and of the noise in the sample at places of the grid, (n,) each."""
         sigmas = self._grid.sigmas[list(places)]
-        alpha = np.ones_like(sigmas) if self.exploding else (1 + sigmas**2) ** -0.5
+        alpha = np.ones_like(sigmas) if self.in_sigma_space else (1 + sigmas**2) ** -0.5
         return alpha, sigmas * alpha
 
     def levels_seen(self, places: Sequence[int]) -> tuple[s.Array, s.Array]:
@@ -197,8 +194,8 @@ class Plan(Configurable):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the noise that a run from nothing starts with."""
-        most = float(self._grid.sigmas.max()) if self.exploding else 1.0
-        ends = not self.exploding or self.config.timestep_spacing in ("linspace", "trailing")
+        most = float(self._grid.sigmas.max()) if self.in_sigma_space else 1.0
+        ends = not self.in_sigma_space or self.config.timestep_spacing in ("linspace", "trailing")
         return most if ends else math.sqrt(most**2 + 1)
 
     def __len__(self) -> int:
@@ -209,14 +206,28 @@ class Plan(Configurable):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
         """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        from sdedit.loading.folders import find_folder
-        from sdedit.loading.sources import HUB_ARGUMENTS
-
-        hub = {name: overrides.pop(name) for name in HUB_ARGUMENTS & set(overrides)}
+        hub_arguments = later("sdedit.loading.sources:HUB_ARGUMENTS")
+        hub = {name: overrides.pop(name) for name in hub_arguments & set(overrides)}
         here = Path(pretrained_model_name_or_path)
-        here = here if here.exists() else find_folder(here.as_posix(), components=(), **hub)
+        here = (
+            here
+            if here.exists()
+            else later("sdedit.loading.folders:find_folder")(here.as_posix(), components=(), **hub)
+        )
         return cls.from_config(here / (subfolder or ""), **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder/scheduler_config.json`."""
         self.save_config(folder)
+
+
+def _give_constructor(cls: type[Plan]) -> None:
+    """Let the constructor's signature be that of the class's options."""
+
+    @functools.wraps(Plan.__init__)
+    def init(self: Plan, *args: Any, **options: Any) -> None:
+        self._start()
+
+    init.__qualname__ = f"{cls.__qualname__}.__init__"
+    init.__signature__ = signature(cls.options)  # type: ignore[attr-defined]
+    cls.__init__ = init  # type: ignore[method-assign]

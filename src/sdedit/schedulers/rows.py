@@ -173,5 +173,5 @@ def per_sample(rows: Sequence[Row], as_array: Callable[[Any], Any]) -> Row:
         as_array: From NumPy to the kind of the samples, as `lambda v: torch.tensor(v, dtype=x.dtype)`.
     """
     *columns, b = table(rows)
-    spread = [as_array(v.reshape(-1, 1, 1, 1)) for v in (*columns, *b)]
-    return Row._make([*spread[: len(columns)], tuple(spread[len(columns) :])])
+    arrays = [as_array(v.reshape(-1, 1, 1, 1)) for v in (*columns, *b)]
+    return Row._make([*arrays[: len(columns)], tuple(arrays[len(columns) :])])

@@ -75,8 +75,8 @@ class Grid(NamedTuple):
     mids: Array | None = None
 
 
-class Run(NamedTuple):
-    """What a solver knows: the schedule, the scheduler's config, and the grid from `first` on; see `Grid`."""
+class Problem(NamedTuple):
+    """What a solver is given: the schedule, the scheduler's config, and the grid from `first` on; see `Grid`."""
 
     schedule: Schedule
     config: Mapping[str, Any]
@@ -103,6 +103,20 @@ def make_betas(kind: str, start: float, end: float, count: int) -> Array:
     bar = _BARS_OF_TIME[check("beta_schedule", kind, BETA_SCHEDULES)]
     levels = np.array([bar(i / count) for i in range(count + 1)])
     return np.minimum(1 - levels[1:] / levels[:-1], 0.999).astype(np.float32)
+
+
+def given_betas(betas: Any, count: int) -> Array:
+    """β of one's own, (`count`,), as float32; a `ValueError` where they are not that many finite numbers."""
+    try:
+        given = np.asarray(betas, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"trained_betas: expected {count} finite numbers; {error}") from None
+    if given.shape != (count,):
+        raise ValueError(f"trained_betas: got shape {given.shape}; num_train_timesteps asks for ({count},)")
+    if not np.isfinite(given).all():
+        first = int(np.argmin(np.isfinite(given)))
+        raise ValueError(f"trained_betas: got {given[first]} at place {first}; expected finite numbers")
+    return given
 
 
 def _ramp(start: float, end: float, count: int) -> Array:
@@ -150,7 +164,7 @@ def squeezed_betas(alphas_cumprod: Array, factor: float) -> Array:
 
 
 def space_times(spacing: str, steps: int, train_steps: int, *, offset: int = 0, last: int = 0, spare: int = 0) -> Array:
-    """Spread `steps` times over [0, T-1], falling, (steps,) float64 (arXiv 2305.08891, table 2).
+    """`steps` times over [0, T-1], falling, (steps,) float64 (arXiv 2305.08891, table 2).
 
     Args:
         spacing: "linspace" takes both ends; "leading" takes multiples of T // steps from 0 up, and so never the
@@ -171,7 +185,7 @@ def space_times(spacing: str, steps: int, train_steps: int, *, offset: int = 0, 
 
 
 def space_sigmas(spacing: str, high: float, low: float, steps: int) -> Array:
-    """Spread `steps` levels of noise from `high` down to `low`, both included, (steps,).
+    """`steps` levels of noise from `high` down to `low`, both included, (steps,).
 
     "karras" is even in s^(1/7) (arXiv 2206.00364, equation 5), "exponential" and "lu" (arXiv 2206.00927) in log s;
     "beta" follows a Beta(0.6, 0.6) distribution, denser at both ends (arXiv 2407.12173).

@@ -1,11 +1,14 @@
-"""Solvers: each a function from a run and the place of a row in it to the row, in floats. No state, no framework."""
+"""Solvers, each with its plan.
+
+A solver is a function from a problem and the place of a row in its grid to the row, in floats: no state, no framework.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sdedit.schedulers.rows import Row
-from sdedit.schedulers.schedule import Run
+from sdedit.schedulers.schedule import Problem
 
 
 def x0_of(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
@@ -26,9 +29,9 @@ def x0_of(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     return 1 / alpha, -sigma / alpha
 
 
-def preserving(run: Run, i: int, alpha: float, sigma: float, **update: Any) -> Row:
+def preserving(problem: Problem, i: int, alpha: float, sigma: float, **update: Any) -> Row:
     """Row of a solver whose sample is x = α x0 + σ ε, which the UNet sees as it is."""
-    return Row(run.times[i], *x0_of(run.config["prediction_type"], alpha, sigma), **update)
+    return Row(problem.times[i], *x0_of(problem.config["prediction_type"], alpha, sigma), **update)
 
 
 def levels(s: float) -> tuple[float, float]:

@@ -19,28 +19,34 @@ The midpoint form of second order takes (z φ1)/2 in place of φ1 - 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from sdedit.schedulers.options import FLOW, LEVELS, NOISE, SHIFT, THRESHOLD, take
+from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Row
-from sdedit.schedulers.schedule import Array, Run
+from sdedit.schedulers.schedule import Array, Grid, Problem, check, descending
 from sdedit.schedulers.solvers import levels, preserving
-from sdedit.schedulers.solvers.exploding import lagrange_integrals
+from sdedit.schedulers.solvers.sigma_space import lagrange_integrals
 
 
-def _row(run: Run, i: int, *, of_x0: bool) -> Row:
+def _row(problem: Problem, i: int, *, of_x0: bool) -> Row:
     """Row with m = x0 if `of_x0`, else m = ε; no update yet."""
-    alpha, sigma = levels(run.s[i])
-    return preserving(run, i, alpha, sigma, **({"m_x0": 1.0} if of_x0 else {"m_x": 1 / sigma, "m_x0": -alpha / sigma}))
+    alpha, sigma = levels(problem.s[i])
+    return preserving(
+        problem, i, alpha, sigma, **({"m_x0": 1.0} if of_x0 else {"m_x": 1 / sigma, "m_x0": -alpha / sigma})
+    )
 
 
-def _order(run: Run, i: int, *, euler_at_final: bool = False) -> int:
+def _order(problem: Problem, i: int, *, euler_at_final: bool = False) -> int:
     """Order of row i: what the history allows; 1 where the step leads to s = 0; 2, then 1 at the end of a short run."""
-    left, c = len(run.times) - i, run.config
-    allowed = left if c["lower_order_final"] and len(run.times) < 15 and left <= 2 else c["solver_order"]
-    if run.s[i + 1] == 0 or (euler_at_final and left == 1):
+    left, c = len(problem.times) - i, problem.config
+    allowed = left if c["lower_order_final"] and len(problem.times) < 15 and left <= 2 else c["solver_order"]
+    if problem.s[i + 1] == 0 or (euler_at_final and left == 1):
         return 1
-    return int(min(c["solver_order"], i - run.first + 1, allowed))
+    return int(min(c["solver_order"], i - problem.first + 1, allowed))
 
 
 def phi2(z: float) -> float:
@@ -50,13 +56,13 @@ def phi2(z: float) -> float:
     return (math.expm1(z) - z) / z**2
 
 
-def _dpm(run: Run, i: int, s: float, expansion: Array, *, anchored: bool = False, **update: float) -> Row:
+def _dpm(problem: Problem, i: int, s: float, expansion: Array, *, anchored: bool = False, **update: float) -> Row:
     """The row of a DPM-Solver step from level s, where the sample is, or the anchor.
 
     Args:
         expansion: (order, predictions), D0, D1 … as combinations of predictions.
     """
-    algorithm, after = run.config["algorithm_type"], run.s[i + 1]
+    algorithm, after = problem.config["algorithm_type"], problem.s[i + 1]
     (alpha, sigma), (alpha_after, sigma_after) = levels(s), levels(after)
     shrink = after / s  # e^-h; 0 for the step to s = 0, where h is infinite
     stochastic, of_x0 = algorithm.startswith("sde"), algorithm.endswith("++")
@@ -66,7 +72,7 @@ def _dpm(run: Run, i: int, s: float, expansion: Array, *, anchored: bool = False
     else:
         a, k, power = alpha_after / alpha, -sigma_after * (2 if stochastic else 1), 1 / shrink
     weights = k * (power - 1) * expansion[0]
-    if len(expansion) == 2 and run.config["solver_type"] == "midpoint":
+    if len(expansion) == 2 and problem.config["solver_type"] == "midpoint":
         weights = weights + k * (power - 1) / 2 * expansion[1]
     elif len(expansion) >= 2:
         z = math.log(power)
@@ -79,21 +85,23 @@ def _dpm(run: Run, i: int, s: float, expansion: Array, *, anchored: bool = False
     if stochastic:
         c = sigma_after * math.sqrt(max(1 - shrink**2, 0.0)) / (1 if of_x0 else shrink)
         update |= {"c": c, "draw": 1.0}
-    return _row(run, i, of_x0=of_x0)._replace(b=tuple(weights), **{"p" if anchored else "a": a}, **update)
+    return _row(problem, i, of_x0=of_x0)._replace(b=tuple(weights), **{"p" if anchored else "a": a}, **update)
 
 
-def dpm_multistep(run: Run, i: int) -> Row:
+def dpm_multistep(problem: Problem, i: int) -> Row:
     """DPM-Solver with the predictions of earlier steps as its history, orders 1 to 3."""
-    order = _order(run, i, euler_at_final=run.config["euler_at_final"])
+    order = _order(problem, i, euler_at_final=problem.config["euler_at_final"])
     m = np.eye(order)
     if order == 1:
-        return _dpm(run, i, run.s[i], m)
-    h = [math.log(run.s[j] / run.s[j + 1]) for j in range(i, i - order, -1)]  # of this step, the one before, …
+        return _dpm(problem, i, problem.s[i], m)
+    h = [math.log(problem.s[j] / problem.s[j + 1]) for j in range(i, i - order, -1)]  # of this step, the one before, …
     near = (m[0] - m[1]) * h[0] / h[1]
     if order == 2:
-        return _dpm(run, i, run.s[i], np.stack([m[0], near]))
+        return _dpm(problem, i, problem.s[i], np.stack([m[0], near]))
     bend = near - (m[1] - m[2]) * h[0] / h[2]
-    return _dpm(run, i, run.s[i], np.stack([m[0], near + h[1] / (h[1] + h[2]) * bend, h[0] / (h[1] + h[2]) * bend]))
+    return _dpm(
+        problem, i, problem.s[i], np.stack([m[0], near + h[1] / (h[1] + h[2]) * bend, h[0] / (h[1] + h[2]) * bend])
+    )
 
 
 def singlestep_orders(steps: int, order: int, *, lower_order_final: bool, to_zero: bool) -> list[int]:
@@ -109,18 +117,20 @@ def singlestep_orders(steps: int, order: int, *, lower_order_final: bool, to_zer
     return orders
 
 
-def dpm_singlestep(run: Run, i: int) -> Row:
+def dpm_singlestep(problem: Problem, i: int) -> Row:
     """DPM-Solver whose steps of order 2 and 3 span two or three levels of the grid, each evaluated once."""
-    c = run.config
+    c = problem.config
     to_zero = c["final_sigmas_type"] == "zero"
-    orders = singlestep_orders(run.steps, c["solver_order"], lower_order_final=c["lower_order_final"], to_zero=to_zero)
-    order = min(orders[i], i - run.first + 1)
-    start = run.s[i - order + 1]  # the anchor's level, then those of the rows since
+    orders = singlestep_orders(
+        problem.steps, c["solver_order"], lower_order_final=c["lower_order_final"], to_zero=to_zero
+    )
+    order = min(orders[i], i - problem.first + 1)
+    start = problem.s[i - order + 1]  # the anchor's level, then those of the rows since
     m = np.eye(order)[::-1]  # m[0] is the oldest prediction
     if order == 1:
-        return _dpm(run, i, start, m, keep=1.0)
-    h = math.log(start / run.s[i + 1])
-    r = [math.log(start / run.s[j]) / h for j in range(i - order + 1, i + 1)]
+        return _dpm(problem, i, start, m, keep=1.0)
+    h = math.log(start / problem.s[i + 1])
+    r = [math.log(start / problem.s[j]) / h for j in range(i - order + 1, i + 1)]
     far = (m[-1] - m[0]) / r[-1]
     expansion = [m[0], far]
     if order == 3 and c["solver_type"] == "midpoint":
@@ -128,49 +138,53 @@ def dpm_singlestep(run: Run, i: int) -> Row:
     elif order == 3:
         near = (m[1] - m[0]) / r[1]
         expansion = [m[0], (r[2] * near - r[1] * far) / (r[2] - r[1]), 2 * (far - near) / (r[2] - r[1])]
-    return _dpm(run, i, start, np.stack(expansion), anchored=True)
+    return _dpm(problem, i, start, np.stack(expansion), anchored=True)
 
 
-def deis(run: Run, i: int) -> Row:
+def deis(problem: Problem, i: int) -> Row:
     """DEIS with polynomials in log ρ, ρ = σ/α (Zhang and Chen 2022, arXiv 2204.13902, section 3.3); m is ε.
 
     x'/α' = x/α + Σ_j b_j m_j, where b_j is the integral over ρ of the Lagrange polynomial of m_j.
     """
-    nodes = run.s[i - _order(run, i) + 1 : i + 1][::-1]
-    weights = lagrange_integrals(nodes, run.s[i], run.s[i + 1], log=True)
-    alpha, after = levels(run.s[i])[0], levels(run.s[i + 1])[0]
-    return _row(run, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
+    nodes = problem.s[i - _order(problem, i) + 1 : i + 1][::-1]
+    weights = lagrange_integrals(nodes, problem.s[i], problem.s[i + 1], log=True)
+    alpha, after = levels(problem.s[i])[0], levels(problem.s[i + 1])[0]
+    return _row(problem, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
 
 
-def unipc(run: Run, i: int) -> Row:
+def unipc(problem: Problem, i: int) -> Row:
     """UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8), orders 1 to 3; m is x0, or ε.
 
     Predictor and corrector of a step share the factor of x, so the corrected sample is the sample plus the difference
     of their weights, on predictions alone. No earlier sample is needed, and a sample that was changed between steps
     (by a mask, a callback) keeps its change.
     """
-    c, of_x0 = run.config, run.config["predict_x0"]
-    (alpha, sigma), (alpha_after, sigma_after) = levels(run.s[i]), levels(run.s[i + 1])
+    c, of_x0 = problem.config, problem.config["predict_x0"]
+    (alpha, sigma), (alpha_after, sigma_after) = levels(problem.s[i]), levels(problem.s[i + 1])
     a = sigma_after / sigma if of_x0 else alpha_after / alpha
-    predicted = _unipc_weights(run, i, _unipc_order(run, i), correct=False)
+    predicted = _unipc_weights(problem, i, _unipc_order(problem, i), correct=False)
     b = predicted
-    if i > run.first and i - 1 not in c["disable_corrector"]:
-        order = _unipc_order(run, i - 1)
-        change = _unipc_weights(run, i - 1, order, correct=True)
-        change[1:] -= _unipc_weights(run, i - 1, order, correct=False)
+    if i > problem.first and i - 1 not in c["disable_corrector"]:
+        order = _unipc_order(problem, i - 1)
+        change = _unipc_weights(problem, i - 1, order, correct=True)
+        change[1:] -= _unipc_weights(problem, i - 1, order, correct=False)
         b = np.zeros(max(len(change), len(predicted)))
         b[: len(change)] += a * change
         b[: len(predicted)] += predicted
-    return _row(run, i, of_x0=of_x0)._replace(a=a, b=tuple(b))
+    return _row(problem, i, of_x0=of_x0)._replace(a=a, b=tuple(b))
 
 
-def _unipc_order(run: Run, i: int) -> int:
+def _unipc_order(problem: Problem, i: int) -> int:
     """As `_order`, but falling to 1 at the end of runs of any length; a step of no length has order 1 too."""
-    left = len(run.times) - i if run.config["lower_order_final"] else 3
-    return 1 if run.s[i + 1] in (0, run.s[i]) else int(min(run.config["solver_order"], i - run.first + 1, left))
+    left = len(problem.times) - i if problem.config["lower_order_final"] else 3
+    return (
+        1
+        if problem.s[i + 1] in (0, problem.s[i])
+        else int(min(problem.config["solver_order"], i - problem.first + 1, left))
+    )
 
 
-def _unipc_weights(run: Run, i: int, order: int, *, correct: bool) -> Array:
+def _unipc_weights(problem: Problem, i: int, order: int, *, correct: bool) -> Array:
     """Weights of the predictions, newest first, in the step from level i to level i + 1.
 
     With D_j = (m_j - m_0)/r_j, where r_j is the place of m_j in the step (0 its start, 1 its end), the weights of D_j
@@ -179,20 +193,190 @@ def _unipc_weights(run: Run, i: int, order: int, *, correct: bool) -> Array:
     Args:
         correct: Use the prediction at the end of the step too; its weight comes first.
     """
-    s, after, of_x0 = run.s[i], run.s[i + 1], run.config["predict_x0"]
+    s, after, of_x0 = problem.s[i], problem.s[i + 1], problem.config["predict_x0"]
     alpha, sigma = levels(after)
     whole = alpha * (1 - after / s if of_x0 else after - s)
     if order == 1 and not correct:
         return np.array([whole])
     h = math.log(s / after)
     z, k = (-h, -alpha) if of_x0 else (h, -sigma)
-    places = np.array([1.0] * correct + [math.log(s / run.s[i - j]) / h for j in range(1, order)])
+    places = np.array([1.0] * correct + [math.log(s / problem.s[i - j]) / h for j in range(1, order)])
     right, rest = [], math.expm1(z)
     for n in range(1, len(places) + 1):
         rest = rest / z - 1 / math.factorial(n)
         right.append(math.factorial(n) * rest)
     found = np.linalg.solve(np.vander(places, increasing=True).T, np.array(right))
     if len(places) == 1:
-        found = np.array([(z if run.config["solver_type"] == "bh1" else math.expm1(z)) / 2])
+        found = np.array([(z if problem.config["solver_type"] == "bh1" else math.expm1(z)) / 2])
     found = k * found / places
     return np.insert(found, int(correct), whole - found.sum())
+
+
+# The plans: options, grid, and which of the above
+
+
+# Options whose names these classes share and whose values they do not: what a class takes for each value, so that the
+# config of one makes another.
+_DPM_FORMS = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+_UNIPC_FORMS = {"bh1": "bh1", "bh2": "bh2", "midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}
+_DEIS_FORMS = dict.fromkeys(_DPM_FORMS, "logrho")
+_DEIS_ALGORITHMS = dict.fromkeys(("deis", "dpmsolver", "dpmsolver++"), "deis")
+
+
+class LogSNR(Plan):
+    """Base of the plans that integrate in λ and hold α x0 + σ ε."""
+
+    x0_field = None
+
+    def _take(self, name: str, meant: dict[str, str]) -> str:
+        """Check an option and replace a value that is another class's."""
+        value = meant[check(name, self.config[name], meant)]
+        if value != self.config[name]:
+            self.register_to_config(**{name: value})
+        return value
+
+    def _take_dpm(self, *algorithms: str) -> None:
+        """Check the options that the DPM-Solver classes share."""
+        algorithm = self._take("algorithm_type", {"deis": "dpmsolver++", **{name: name for name in algorithms}})
+        self._take("solver_type", _DPM_FORMS)
+        check("solver_order", self.config.solver_order, (1, 2) if algorithm == "sde-dpmsolver" else (1, 2, 3))
+        if self.config.final_sigmas_type == "zero" and not algorithm.endswith("++"):
+            raise ValueError(
+                f"final_sigmas_type: 'zero' needs an algorithm_type that predicts x0 ('dpmsolver++', "
+                f"'sde-dpmsolver++'); with {algorithm!r} it must be 'sigma_min'"
+            )
+
+    def _visit(self, steps: int, timesteps: Sequence[int] | None = None, **layout: Any) -> Grid:
+        times = self._laid(steps) if timesteps is None else descending("timesteps", timesteps, len(self))
+        sigmas, table = self._schedule.sigma_at(times), self._schedule.sigmas
+        if self._spacing:
+            times, sigmas = self._respaced(table[-1], table[0], steps)
+            times = times.round() if self._rounds() else times  # the rest is cut off in the conversion to integers
+        return Grid(times, np.append(sigmas, self._last(sigmas)))
+
+    def _laid(self, steps: int) -> Array:
+        """Times that leave the last of `steps` + 1 for the end."""
+        spare = 0 if self.config.timestep_spacing == "trailing" else 1
+        return self._spaced(steps, last=self._below_clipped(), spare=spare).round()
+
+    def _last(self, sigmas: Array) -> float:
+        """Level that the last step leads to."""
+        return 0.0 if self.config.final_sigmas_type == "zero" else float(self._schedule.sigmas[0])
+
+    def _rounds(self) -> bool:
+        return self._spacing == "karras"
+
+    def _below_clipped(self) -> int:
+        """Number of training steps whose λ is at least `config.lambda_min_clipped`."""
+        least = self.config.lambda_min_clipped if "lambda_min_clipped" in self._own else -math.inf
+        return len(self) - int(np.searchsorted(-self._schedule.log_sigmas[::-1], least))
+
+
+class DPMSolverMultistep(LogSNR):
+    """DPM-Solver++, DPM-Solver or their SDE forms, with earlier predictions as history (arXiv 2211.01095)."""
+
+    options = take(
+        NOISE,
+        "solver_order prediction_type",
+        THRESHOLD,
+        "algorithm_type solver_type lower_order_final euler_at_final",
+        LEVELS,
+        "use_lu_lambdas",
+        FLOW,
+        "final_sigmas_type lambda_min_clipped variance_type timestep_spacing",
+        "steps_offset rescale_betas_zero_snr",
+        SHIFT,
+    )
+    layouts = ("timesteps",)
+    solver = staticmethod(dpm_multistep)
+
+    def _start(self) -> None:
+        super()._start()
+        self._take_dpm("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
+
+    def _rounds(self) -> bool:
+        return self._spacing in ("karras", "lu") and self.config.beta_schedule != "squaredcos_cap_v2"
+
+
+class DPMSolverSinglestep(LogSNR):
+    """DPM-Solver++, DPM-Solver or the SDE form, in steps that span several levels (arXiv 2211.01095)."""
+
+    options = take(
+        NOISE,
+        "solver_order prediction_type",
+        THRESHOLD,
+        "algorithm_type solver_type lower_order_final",
+        LEVELS,
+        FLOW,
+        "final_sigmas_type lambda_min_clipped variance_type",
+        SHIFT,
+        lower_order_final=False,
+    )
+    layouts = ("timesteps",)
+    solver = staticmethod(dpm_singlestep)
+
+    def _start(self) -> None:
+        super()._start()
+        self._take_dpm("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
+
+    def _visit(self, steps: int, timesteps: Sequence[int] | None = None, **layout: Any) -> Grid:
+        c = self.config
+        if steps % c.solver_order or c.final_sigmas_type == "zero":  # neither ends with a step of full order
+            self.register_to_config(lower_order_final=True)
+        return super()._visit(steps, timesteps, **layout)
+
+    def _laid(self, steps: int) -> Array:
+        return np.asarray(np.linspace(0, self._below_clipped() - 1, steps + 1).round()[:0:-1])
+
+
+class DEISMultistep(LogSNR):
+    """DEIS: exponential integrator with a polynomial in log(σ/α) through the last predictions (arXiv 2204.13902)."""
+
+    options = take(
+        NOISE,
+        "solver_order prediction_type",
+        THRESHOLD,
+        "algorithm_type solver_type lower_order_final",
+        LEVELS,
+        FLOW,
+        "timestep_spacing steps_offset",
+        SHIFT,
+        algorithm_type="deis",
+        solver_type="logrho",
+    )
+    solver = staticmethod(deis)
+
+    def _start(self) -> None:
+        super()._start()
+        self._take("algorithm_type", _DEIS_ALGORITHMS)
+        self._take("solver_type", _DEIS_FORMS)
+
+    def _last(self, sigmas: Array) -> float:
+        return float(sigmas[-1] if self._spacing else self._schedule.sigmas[0])
+
+
+class UniPCMultistep(LogSNR):
+    """UniPC: predictor and corrector of the same order, 1 to 3 (arXiv 2302.04867)."""
+
+    options = take(
+        NOISE,
+        "solver_order prediction_type",
+        THRESHOLD,
+        "predict_x0 solver_type lower_order_final disable_corrector",
+        "solver_p",
+        LEVELS,
+        FLOW,
+        "timestep_spacing steps_offset final_sigmas_type rescale_betas_zero_snr",
+        SHIFT,
+        "sigma_min sigma_max shift_terminal",
+        solver_type="bh2",
+    )
+    solver = staticmethod(unipc)
+
+    def _start(self) -> None:
+        super()._start()
+        self._take("solver_type", _UNIPC_FORMS)
+        self.threshold = self.threshold if self.config.predict_x0 else None
+
+    def _last(self, sigmas: Array) -> float:
+        return super()._last(sigmas) if self.config.final_sigmas_type == "zero" or not self._spacing else sigmas[-1]

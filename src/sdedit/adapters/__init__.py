@@ -1,0 +1,1 @@
+"""What is added to a loaded model: LoRA and its kin, textual inversions, IP-Adapters."""

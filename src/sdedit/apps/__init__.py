@@ -1,0 +1,1 @@
+"""What people do with a pipeline: sweeps, searches, composites, stroke paintings, curves, fine-tuning."""

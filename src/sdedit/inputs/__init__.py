@@ -1,0 +1,1 @@
+"""What comes in: pictures, prompts, masks and arguments, checked and made into tensors."""

@@ -1,0 +1,128 @@
+"""The settings in a PNG: what goes in comes out, also as the web UI writes it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from conftest import picture
+from sdedit import EulerDiscreteScheduler
+from sdedit.commands.metadata import Settings, read_settings, sampler_label, save_picture, scheduler_from_label
+from sdedit.inputs.pixels import open_image
+
+# A prompt that is only blank, or begins like the next line of the format, cannot be told apart in it.
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=60).map(str.strip)
+PROMPT = TEXT.filter(lambda t: not t.startswith("Negative prompt:"))
+
+
+@given(
+    prompt=PROMPT,
+    negative=TEXT,
+    steps=st.integers(1, 1000),
+    guidance=st.floats(0, 50),
+    seed=st.integers(0, 2**32 - 1),
+    strength=st.floats(0, 1),
+    size=st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
+    image=st.one_of(st.none(), TEXT.filter(bool)),
+    embeddings=st.lists(TEXT.filter(bool), max_size=3).map(tuple),
+)
+def test_settings_survive_their_text(**values: object) -> None:
+    settings = Settings(**values, sampler="DPM++ 2M", schedule_type="Karras")  # type: ignore[arg-type]
+    assert Settings.from_text(settings.to_text()) == settings
+
+
+def test_reads_what_the_web_ui_writes() -> None:
+    text = (
+        'a cat, "sitting": yes\nsecond line\nNegative prompt: blurry, ugly\nvery ugly\n'
+        "Steps: 20, Sampler: Euler a, Schedule type: Automatic, CFG scale: 7, Seed: 1234, Size: 512x768, "
+        'Model hash: abc, Model: v1-5-pruned, Denoising strength: 0.75, Lora hashes: "a: b, c: d", Version: v1.9.4'
+    )
+    settings = Settings.from_text(text)
+    assert settings.prompt == 'a cat, "sitting": yes\nsecond line'
+    assert settings.negative == "blurry, ugly\nvery ugly"
+    assert (settings.steps, settings.guidance, settings.seed) == (20, 7.0, 1234)
+    assert (settings.size, settings.strength, settings.model) == ((512, 768), 0.75, "v1-5-pruned")
+    assert scheduler_from_label(settings.sampler or "", settings.schedule_type) == "euler-a"
+
+
+@pytest.mark.parametrize("text", ["", "just words", "a\nSteps: many, Seed: 1", "a\nSteps: 5, Size: big"])
+def test_text_that_is_no_settings_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"Steps|Size"):
+        Settings.from_text(text)
+
+
+def test_other_tools_find_the_text_in_the_png(tmp_path: Path) -> None:
+    settings = Settings("café, 苹果", seed=5)
+    save_picture(picture(), tmp_path / "a.png", settings)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"] == settings.to_text()
+    assert read_settings(tmp_path / "a.png") == settings
+
+
+def test_a_picture_without_settings_is_an_error(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_settings(tmp_path / "a.png")
+
+
+def test_jpeg_gets_white_for_what_was_clear(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    save_picture(clear, tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_picture(picture(), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_suffix_and_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected \.png"):
+        save_picture(picture(), tmp_path / "a.xyz")
+    with pytest.raises(ValueError, match="is no folder"):
+        save_picture(picture(), tmp_path / "none" / "a.png")
+
+
+def test_a_name_means_the_same_whatever_the_model_had() -> None:
+    from sdedit.schedulers.names import SCHEDULERS, make_scheduler
+
+    made = {name: make_scheduler(name) for name in SCHEDULERS}
+    for before in made.values():
+        for name in SCHEDULERS:
+            assert scheduler_from_label(*sampler_label(make_scheduler(name, before.config))) == name
+
+
+def test_labels_go_both_ways() -> None:
+    from sdedit.schedulers.names import SCHEDULERS, make_scheduler
+
+    for name in SCHEDULERS:
+        assert scheduler_from_label(*sampler_label(make_scheduler(name))) == name
+    assert sampler_label(EulerDiscreteScheduler(use_karras_sigmas=True)) == ("Euler", "Karras")
+    with pytest.raises(ValueError, match="is not known"):
+        scheduler_from_label("Restart", None)
+
+
+def test_settings_are_read_without_a_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may say that it has billions of pixels; `sdedit again` and `sdedit inspect` need none of them."""
+    save_picture(picture(), tmp_path / "a.png", Settings(prompt="cat", seed=3))
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)  # the header's width and height, and then its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="3,600 megapixels"):
+        open_image(tmp_path / "a.png")
+    assert read_settings(tmp_path / "a.png").seed == 3
