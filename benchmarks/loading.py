@@ -53,12 +53,12 @@ def timed(owner, name, part):
     setattr(owner, name, wrapper)
 
 if {library!r} == "sdedit":
-    from sdedit.loading import checkpoint, pretrained
+    from sdedit.loading import pretrained, weights
     for network in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel):
         timed(network, "__init__", "part: make the modules")
-    timed(checkpoint, "fits", "part: compare names and shapes")
-    timed(checkpoint, "read_weights", "part: map the tensors")
-    timed(checkpoint, "_cast", "part: cast")
+    timed(weights, "fits", "part: compare names and shapes")
+    timed(weights, "read_weights", "part: map the tensors")
+    timed(weights, "_cast", "part: cast")
     timed(pretrained, "load_processor", "part: tokenizer")
 Path("/proc/self/clear_refs").write_text("5")  # the highest peak begins here
 before, start = memory("VmRSS"), time.perf_counter()

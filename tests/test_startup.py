@@ -20,7 +20,8 @@ from sdedit.commands.drawing import load_model
 from sdedit.inputs.prompts import encode_texts, tokenize
 from sdedit.inputs.weighting import chunks
 from sdedit.loading.folders import DEFAULT_MODEL
-from sdedit.loading.quick_clip import CLIPTokens, quick_parts
+from sdedit.loading.pretrained import quick_parts
+from sdedit.loading.tokenizer import CLIPTokens
 
 HEAVY = ("transformers", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy", "sklearn")
 

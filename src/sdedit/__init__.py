@@ -8,19 +8,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sdedit.compat.paths import install
+from sdedit.compat.paths import ABSENT, explain_absent, install, is_module
 
 __version__ = "0.1.0"
 
 _NAMES = {
+    "AutoPipelineForImage2Image": "sdedit.compat.pipelines",
     "AutoencoderKL": "sdedit.models.vae",
     "AutoencoderTiny": "sdedit.models.tiny_vae",
+    "ConfigMixin": "sdedit.compat.configuration_utils",
+    "DiffusionPipeline": "sdedit.base:Pipeline",
     "FlaxAutoencoderKL": "sdedit.flax.vae",
     "FlaxCLIPTextModel": "sdedit.flax.clip",
     "FlaxStableDiffusionImg2ImgPipeline": "sdedit.flax.pipeline",
     "FlaxStableDiffusionPipelineOutput": "sdedit.flax.pipeline",
     "FlaxStableDiffusionSafetyChecker": "sdedit.flax.safety_checker",
     "FlaxUNet2DConditionModel": "sdedit.flax.unet",
+    "ModelMixin": "sdedit.models.model:Model",
+    "SchedulerMixin": "sdedit.schedulers.base:Scheduler",
     "StableDiffusionImg2ImgPipeline": "sdedit.pipeline",
     "StableDiffusionPipelineOutput": "sdedit.output",
     "StableDiffusionSafetyChecker": "sdedit.models.safety_checker",
@@ -34,15 +39,23 @@ _NAMES = {
     "train_lora": "sdedit.apps.finetune",
 }
 
+# `sdedit.models.…` after `import sdedit` alone, as it is elsewhere in the field.
+_ROOMS = ("models", "schedulers")
+
 install()
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
+        module, _, own = _NAMES[name].partition(":")
+        return getattr(importlib.import_module(module), own or name)
     if name in _schedulers():
         side = "sdedit.flax.schedulers" if name.startswith("Flax") else "sdedit.schedulers"
         return getattr(importlib.import_module(side), name)
+    if name in _ROOMS or is_module(f"sdedit.{name}"):
+        return importlib.import_module(f"sdedit.{name}")
+    if name.endswith(ABSENT):
+        raise AttributeError(explain_absent(name))
     raise AttributeError(f"module 'sdedit' has no attribute {name!r}")
 
 

@@ -197,9 +197,9 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
             FileNotFoundError: The file is missing.
             ValueError: It is damaged, does not fit, or holds another kind of model.
         """
-        from sdedit.loading.single_file import load_components as load_from_file
+        from sdedit.loading.single_file import load_single_file
 
-        parts = load_from_file(
+        parts = load_single_file(
             pretrained_model_link_or_path,
             torch_dtype=torch_dtype,
             config=config,

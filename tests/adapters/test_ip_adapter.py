@@ -240,7 +240,7 @@ def with_width(width: int) -> dict[str, torch.Tensor]:
 
 FACE_ID = {"proj.0.weight": torch.zeros(8, 4), "proj.2.weight": torch.zeros(8, 8), "norm.weight": torch.zeros(WIDTH)}
 REFUSED: dict[str, tuple[Any, str]] = {
-    "SDXL": (with_width(2048), r"2048 wide \(SDXL\); this UNet's is 32"),
+    "SDXL": (with_width(2048), r"2048 wide \(Stable Diffusion XL\); this UNet's is 32"),
     "SD 2": (with_width(1024), r"1024 wide \(Stable Diffusion 2\.x\)"),
     "SD 1.5 at full size": (with_width(768), r"768 wide \(Stable Diffusion 1\.x\)"),
     "FaceID": ({**adapter(), "image_proj": FACE_ID}, "is a FaceID adapter"),
@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {**flat(adapter("Plus")), "image_proj.proj_in.weight": torch.zeros(1).expand(9**7, 9**7)},
         "fewer values",
     ),
-    "a second one is bad": ([adapter(), with_width(2048)], "SDXL"),
+    "a second one is bad": ([adapter(), with_width(2048)], "Stable Diffusion XL"),
     "another image encoder": (
         {
             **adapter(),

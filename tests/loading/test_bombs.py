@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from sdedit import AutoencoderKL
-from sdedit.loading.checkpoint import fill
+from sdedit.loading.weights import fill
 from sdedit.loading.inspect import describe
 
 def refused(load):

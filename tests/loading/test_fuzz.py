@@ -24,9 +24,9 @@ from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditio
 from sdedit.commands.metadata import read_settings
 from sdedit.files import read_json
 from sdedit.inputs.pixels import open_image
-from sdedit.loading.checkpoint import read_weights
+from sdedit.loading.folders import weight_files
 from sdedit.loading.inspect import describe
-from sdedit.loading.layout import weight_files
+from sdedit.loading.weights import read_weights
 
 SECONDS = float(os.environ.get("SDEDIT_FUZZ_SECONDS", "6"))
 OURS = (ValueError, FileNotFoundError, TypeError)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.headers import read_header
+from sdedit.loading.weights import read_weights
 
 DTYPES = [
     torch.float32,

@@ -102,9 +102,10 @@ class User:
 
     def __init__(self, url: str, home: Path) -> None:
         settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
-            env={**os.environ, **settings, "HF_HUB_DISABLE_TELEMETRY": "1"},
+            env={**others, **settings, "HF_HUB_DISABLE_TELEMETRY": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -175,7 +176,7 @@ def test_parts_of_a_model_and_what_the_hub_does_not_have(hub: Hub, tmp_path: Pat
         assert user(load) == "loaded DDIMScheduler" and weights(hub.fetched) == []
 
         said = user("pipe('owner/nothing')")
-        assert said.startswith("FileNotFoundError owner/nothing is no folder here, and could not be had from the hub")
+        assert said.startswith("FileNotFoundError owner/nothing is no file or folder here, and could not be had")
         (hub.folder / "vae/diffusion_pytorch_model.safetensors").unlink()
         said = user(f"pipe('owner/model', {cache('c')})")
         assert said.startswith("FileNotFoundError") and "vae has no weights" in said

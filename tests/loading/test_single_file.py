@@ -19,10 +19,11 @@ from conftest import SCHEDULE, SHARED, needs_shared, picture
 from sdedit import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from sdedit.loading import ldm, sizes
 from sdedit.loading.headers import TensorInfo
-from sdedit.loading.keymaps import EMA_PREFIX
-from sdedit.loading.single_file import SingleFile, find_file
+from sdedit.loading.hub import find_file
+from sdedit.loading.ldm import EMA_PREFIX
+from sdedit.loading.single_file import SingleFile
 from sdedit.loading.single_file_save import save_single_file
-from sdedit.loading.vocabulary import SIZE, clip_tokenizer
+from sdedit.loading.tokenizer import SIZE, clip_tokenizer
 
 SD2_UNET = dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
 SD1_UNET = dict(cross_attention_dim=768)
@@ -228,7 +229,7 @@ def test_configs_of_the_published_folders(files: dict[str, Path]) -> None:
 def test_the_vocabulary_is_that_of_clip() -> None:
     from transformers import CLIPTokenizer
 
-    from sdedit.loading.vocabulary import MERGES, vocabulary
+    from sdedit.loading.tokenizer import MERGES, vocabulary
 
     folder = SHARED / "data" / "sd15" / "tokenizer"
     import gzip

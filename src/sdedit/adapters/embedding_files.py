@@ -10,12 +10,12 @@ from typing import Any
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array, is_array
 from sdedit.inputs import prompts
-from sdedit.loading.sources import find_file
+from sdedit.loading.families import FAMILY_OF_WIDTH
+from sdedit.loading.hub import find_file
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Any
 
 _FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
-_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -202,4 +202,4 @@ def _check_ambiguity(found: list[Embedding], known: Mapping[str, list[str]]) -> 
 
 
 def _family(width: int) -> str:
-    return f" ({_FAMILIES[width]})" if width in _FAMILIES else ""
+    return f" ({FAMILY_OF_WIDTH[width]})" if width in FAMILY_OF_WIDTH else ""

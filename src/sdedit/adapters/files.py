@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
 from sdedit.files import read_json, write_atomically
-from sdedit.loading.sources import check_hub_arguments
+from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +45,7 @@ def read_adapter(
     """Read an adapter.
 
     Args:
-        read: Reads a file's tensors: `sdedit.loading.checkpoint.read_weights`, or another framework's.
+        read: Reads a file's tensors: `sdedit.loading.weights.read_weights`, or another framework's.
         source: A file, a folder with one, a hub id, or tensors by name.
         weight_name: Which file of the folder; the usual names, or the only one there, if not given.
         subfolder: Where in the folder.
@@ -94,27 +94,15 @@ def _choose(names: list[str], weight_name: str | None, folder: str) -> str:
 
 def _download(repo: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> Path:
     """The folder of a hub id, with the adapter and its config in it."""
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith(("/", ".safetensors", ".bin", ".pt")):
+    if not is_hub_id(repo):
         raise FileNotFoundError(f"{repo} is no file or folder here, nor a hub id such as 'owner/name'")
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     at = f"{subfolder}/" if subfolder else ""
-    patterns = None  # offline: whatever the cache holds
-    try:
-        if not (hub.get("local_files_only") or HF_HUB_OFFLINE):
-            names = list_repo_files(repo, revision=hub.get("revision"), token=hub.get("token"))
-            inside = [name.removeprefix(at) for name in names if name.startswith(at) and "/" not in name[len(at) :]]
-            patterns = [at + _choose(inside, weight_name, repo), f"{at}adapter_config.json"]
-        return Path(snapshot_download(repo, allow_patterns=patterns, **hub))
-    except ValueError:
-        raise
-    except Exception as error:
-        # Its errors have many classes in many libraries; the file's absence is all that they can mean here.
-        raise FileNotFoundError(
-            f"{repo} is no file or folder here, and could not be had from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): check the name and the network, or give a file"
-        ) from error
+
+    def choose(names: list[str]) -> list[str]:
+        inside = [name.removeprefix(at) for name in names if name.startswith(at) and "/" not in name[len(at) :]]
+        return [at + _choose(inside, weight_name, repo), f"{at}adapter_config.json"]
+
+    return find_repository(repo, choose, **hub)
 
 
 def write_adapter(

@@ -14,16 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.adapters.nested import is_plain, read_nested
-from sdedit.loading.checkpoint import blank
-from sdedit.loading.folders import find_folder
-from sdedit.loading.layout import differences
+from sdedit.loading.families import FAMILY_OF_WIDTH
+from sdedit.loading.headers import differences
+from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component
-from sdedit.loading.sources import find_file
+from sdedit.loading.weights import blank
 from sdedit.models import ip_adapter
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
-_FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 _ENCODER = "CLIPVisionModelWithProjection"
 
 
@@ -214,7 +213,7 @@ def _make(state: dict[str, Tensor], where: str, unet: Any) -> ip_adapter.IPAdapt
     if any(n.startswith("perceiver_resampler.") or n == "norm.weight" for n in proj) and "proj.weight" not in proj:
         raise ValueError(f"{where} is a FaceID adapter; expected IP-Adapter base, Plus or full-face for SD 1.5")
     if its_width is not None and its_width != width:
-        family, ours = (f" ({_FAMILIES[w]})" if w in _FAMILIES else "" for w in (its_width, width))
+        family, ours = (f" ({FAMILY_OF_WIDTH[w]})" if w in FAMILY_OF_WIDTH else "" for w in (its_width, width))
         raise ValueError(f"{where} is for text that is {its_width} wide{family}; this UNet's is {width}{ours}")
     kinds: dict[str, Any] = {
         "proj.weight": ip_adapter.ImageProjection,

@@ -17,7 +17,7 @@ from sdedit.adapters import formats as lora_formats
 from sdedit.adapters import kinds as lora_kinds
 from sdedit.adapters.formats import LoadReport, Parsed
 from sdedit.inputs import checks
-from sdedit.loading.checkpoint import read_weights
+from sdedit.loading.weights import read_weights
 from sdedit.models import adapters
 from sdedit.models.attention_options import fused
 from sdedit.models.factors import Factors

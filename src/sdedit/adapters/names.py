@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from sdedit.loading.families import FAMILY_OF_WIDTH
 from sdedit.loading.ldm import unet_parts
 
 Target = tuple[str, str]  # component ("unet" or "text_encoder") and module name
@@ -99,5 +100,6 @@ def family(names: Iterable[str], text_width: int | None) -> str | None:
 
 def family_of_width(text_width: int | None) -> str | None:
     """The kind of model whose prompt embeds have that many channels."""
-    known = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-    return None if text_width is None else known.get(text_width, f"a model with text embeddings of width {text_width}")
+    if text_width is None:
+        return None
+    return FAMILY_OF_WIDTH.get(text_width, f"a model with text embeddings of width {text_width}")

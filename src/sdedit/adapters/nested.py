@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdedit.loading.checkpoint import read_weights
 from sdedit.loading.headers import read_header
+from sdedit.loading.weights import read_weights
 
 
 def read_nested(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:

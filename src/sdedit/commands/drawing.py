@@ -137,7 +137,7 @@ def load_model(model: str, dtype: Any, *, adapted: bool = False) -> Any:
     folder = DEFAULT_MODEL if model == "default" else Path(model)
     parts = {}
     if folder.is_dir() and not adapted:
-        from sdedit.loading.quick_clip import quick_parts
+        from sdedit.loading.pretrained import quick_parts
 
         parts = quick_parts(folder, dtype)
     return StableDiffusionImg2ImgPipeline.from_pretrained(

@@ -12,7 +12,8 @@ from sdedit.commands import options as o
 
 def models(debug: o.Debug = False) -> None:
     """List the models at hand: the one in the package, and Stable Diffusion folders in the hub's cache."""
-    from sdedit.loading.folders import DEFAULT_MODEL, cached_models
+    from sdedit.loading.folders import DEFAULT_MODEL
+    from sdedit.loading.hub import cached_models
 
     rows = [("default", DEFAULT_MODEL), *cached_models()]
     for name, folder in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, write_atomically
 from sdedit.flax import schedulers
 from sdedit.flax.adapters import FlaxAdapters
@@ -26,12 +24,13 @@ from sdedit.flax.vae import FlaxAutoencoderKL
 from sdedit.loading.folders import (
     DEFAULT_MODEL,
     explained,
-    find_folder,
     has_variant,
+    index_text,
     listed_components,
     load_processor,
     transformers_class,
 )
+from sdedit.loading.hub import find_folder
 from sdedit.schedulers.names import CLASS_NAMES
 from sdedit.schedulers.plan import Plan
 
@@ -137,23 +136,11 @@ class FlaxPipeline(FlaxAdapters):
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"save_directory: {folder} is a file; expected a folder")
-        index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
         for name, part in self.components.items():
-            if part is None:
-                index[name] = [None, None]
-                continue
-            class_name, library = type(part).__name__, "diffusers"
-            if name in ("tokenizer", "feature_extractor", "text_encoder"):
-                library = "transformers"
-            elif name == "safety_checker":
-                library = "stable_diffusion"
-            index[name] = [library, "CLIPImageProcessor" if name == "feature_extractor" else class_name]
-            if name in _MODELS:
-                part.save_pretrained(folder / name, params[name])
-            else:
-                part.save_pretrained(folder / name)
+            if part is not None:
+                part.save_pretrained(folder / name, *([params[name]] if name in _MODELS else []))
         with write_atomically(folder / "model_index.json") as temporary:
-            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            temporary.write_text(index_text(type(self).__name__, self.components))
 
     def place(self, params: Params) -> Params:
         """Params on all devices, so that later calls need not copy them there."""

@@ -15,12 +15,16 @@ from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
 from sdedit.files import refuse_lfs_pointer, write_atomically
-from sdedit.loading.folders import weights_in
-from sdedit.loading.headers import read_header
-from sdedit.loading.keymaps import LISTS, OLD_VAE_ATTENTION
-from sdedit.loading.layout import differences, vae_name
+from sdedit.loading.folders import OLD_VAE_ATTENTION, vae_name, weights_in
+from sdedit.loading.headers import differences, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# What PyTorch keeps in lists: `down_blocks.0` there is `down_blocks_0` in Flax.
+_LISTS = (
+    "down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers", "net",
+    "to_out",
+)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -82,7 +86,7 @@ def flax_name(name: str, layout: Layout, expected: Shapes) -> str | None:
     renamed = layout.rename(name)
     if renamed is None:
         return None
-    path = renamed if layout.levels else re.sub(rf"\b({'|'.join(LISTS)})\.(\d+)(?=\.)", r"\1_\2", renamed)
+    path = renamed if layout.levels else re.sub(rf"\b({'|'.join(_LISTS)})\.(\d+)(?=\.)", r"\1_\2", renamed)
     parent, _, leaf = path.replace(".", "/").rpartition("/")
     leaves = ("kernel", "scale", "embedding") if leaf == "weight" else (leaf,)
     paths = [f"{parent}/{leaf}".lstrip("/") for leaf in leaves]
@@ -91,7 +95,7 @@ def flax_name(name: str, layout: Layout, expected: Shapes) -> str | None:
 
 def torch_name(path: str) -> str:
     """What PyTorch calls a layer of the UNet or the text encoder at a path."""
-    return re.sub(rf"\b({'|'.join(LISTS)})_(\d+)\b", r"\1.\2", path.replace("/", "."))
+    return re.sub(rf"\b({'|'.join(_LISTS)})_(\d+)\b", r"\1.\2", path.replace("/", "."))
 
 
 def flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -169,7 +173,7 @@ def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray[An
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
     try:
-        from sdedit.loading.checkpoint import read_weights
+        from sdedit.loading.weights import read_weights
     except ImportError as error:
         raise needs_torch(path) from error
     tensors = read_weights(path, list(names))

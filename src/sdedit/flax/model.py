@@ -15,7 +15,8 @@ from flax import linen as nn
 from sdedit.config import Config, config_text
 from sdedit.files import read_json, write_atomically
 from sdedit.flax import convert
-from sdedit.loading.folders import explained, find_folder
+from sdedit.loading.folders import explained
+from sdedit.loading.hub import find_folder
 
 Params = dict[str, Any]
 

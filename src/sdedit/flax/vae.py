@@ -13,7 +13,7 @@ from flax import struct
 from sdedit.flax import convert
 from sdedit.flax.layers import Array, Attention, Downsample2D, DType, ResnetBlock2D, Upsample2D, conv, group_norm
 from sdedit.flax.model import FlaxModel
-from sdedit.loading.keymaps import OLD_VAE_ATTENTION
+from sdedit.loading.folders import OLD_VAE_ATTENTION
 
 _EPS = 1e-6
 

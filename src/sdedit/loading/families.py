@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sdedit.loading import keymaps as maps
+from sdedit.loading import ldm
+from sdedit.loading.folders import vae_name
 from sdedit.loading.headers import TensorInfo
-from sdedit.loading.layout import vae_name
-from sdedit.loading.ldm import unet_parts, vae_parts
 
-SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
+SD1, SD2, XL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
+
+# By the width of the text that the UNet attends to, or of the vectors of a text encoder.
+FAMILY_OF_WIDTH = {768: SD1, 1024: SD2, 1280: XL, 2048: XL}
 
 # What one name is enough to tell, the surest first: a pattern, the kind of file, the family of models.
 _TELLING = (
@@ -70,16 +72,16 @@ class Recognised:
 def sort_names(names: Iterable[str]) -> Sections:
     """Sort the names of a file by network; bare networks, and those in the layout of folders, too."""
     sections = Sections()
-    left_out = re.compile(maps.LEFT_OUT, re.VERBOSE)
+    left_out = re.compile(ldm.LEFT_OUT, re.VERBOSE)
     tables = (
-        (maps.UNET_PREFIXES, sections.unet),
-        (maps.VAE_PREFIXES, sections.vae),
-        (maps.CLIP_PREFIXES, sections.clip),
-        (maps.OPEN_CLIP_PREFIXES, sections.open_clip),
+        (ldm.UNET_PREFIXES, sections.unet),
+        (ldm.VAE_PREFIXES, sections.vae),
+        (ldm.CLIP_PREFIXES, sections.clip),
+        (ldm.OPEN_CLIP_PREFIXES, sections.open_clip),
     )
     for name in names:
-        if name.startswith(maps.EMA_PREFIX):
-            sections.ema[name.removeprefix(maps.EMA_PREFIX)] = name
+        if name.startswith(ldm.EMA_PREFIX):
+            sections.ema[name.removeprefix(ldm.EMA_PREFIX)] = name
         elif not left_out.fullmatch(name):
             found = next(((t, p) for prefixes, t in tables for p in prefixes if name.startswith(p)), None)
             if found is not None:
@@ -96,10 +98,10 @@ def _sort_bare(sections: Sections) -> None:
     names = set(sections.others)
     try:
         if any(name.startswith("down_blocks.") for name in names):
-            sections.unet |= {part.name: name for name, part in unet_parts(names).items()}
+            sections.unet |= {part.name: name for name, part in ldm.unet_parts(names).items()}
         elif any(name.startswith("encoder.down_blocks.") for name in names):
             renamed = {str(vae_name(name, {})): name for name in names}
-            sections.vae |= {part.name: renamed[ours] for ours, part in vae_parts(renamed).items()}
+            sections.vae |= {part.name: renamed[ours] for ours, part in ldm.vae_parts(renamed).items()}
         elif any(name.startswith("input_blocks.") for name in names):
             sections.unet |= {name: name for name in names}
         elif any(name.startswith(("decoder.up.", "encoder.down.")) for name in names):

@@ -1,17 +1,17 @@
-"""Model folders, on disk or on the hub: which files there are. Nothing here needs a framework."""
+"""Model folders: which files hold the weights, what they are called in older ones. Nothing here needs a framework."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json, refuse_lfs_pointer
-from sdedit.loading.layout import choose_weights, weight_files
-from sdedit.loading.sources import check_hub_arguments
+
+Expected = Mapping[str, Any]  # what a network has, by name
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "default_model"
 
@@ -27,82 +27,35 @@ COMPONENTS = (
     "image_encoder",
 )
 
+# Where model_index.json says that a component's class is from; all others are from diffusers.
+_LIBRARIES = {
+    "text_encoder": "transformers",
+    "tokenizer": "transformers",
+    "feature_extractor": "transformers",
+    "image_encoder": "transformers",
+    "safety_checker": "stable_diffusion",
+}
+
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+# Projections of the VAE's attention in folders that were written before 2023.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Settings and vocabularies: everything but the weights.
 _SMALL_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")
 
 
-def find_folder(
-    path_or_id: str | os.PathLike[str],
-    *,
-    components: Iterable[str] | None = None,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-    **hub: Any,
-) -> Path:
-    """The folder of a model: `path_or_id` itself if it is one, else what the hub has or its cache holds.
+def wanted_files(
+    names: Collection[str], components: Iterable[str] | None, variant: str | None, use_safetensors: bool | None
+) -> list[str]:
+    """Patterns for the files of a repository that a load needs: the small ones, and the weights of some components.
 
     Args:
-        path_or_id: A folder, or a model id such as `"stable-diffusion-v1-5/stable-diffusion-v1-5"`.
+        names: All files, with their folders.
         components: Subfolders whose weights are wanted; all of them if `None`.
-        variant, use_safetensors: Which weights to download, see `choose_weights`.
-        **hub: `revision`, `cache_dir`, `local_files_only`, `token`, `force_download`.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor a model id, or the hub does not have it, or is out of reach.
+        variant, use_safetensors: See `choose_weights`.
     """
-    check_hub_arguments("from_pretrained", hub)
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    if Path(path_or_id).is_file():
-        raise ValueError(f"{path_or_id} is a file; expected a model folder with model_index.json")
-    text = str(path_or_id)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
-        raise FileNotFoundError(f"{text} is no folder here, nor a model id such as 'owner/name'")
-    from huggingface_hub import model_info, snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    cached = _cached_folder(text, components, hub)
-    if hub.get("local_files_only") or HF_HUB_OFFLINE:
-        if cached is None:
-            raise FileNotFoundError(f"{text} is no folder here, nor in the hub's cache, and downloading is turned off")
-        return cached
-    try:
-        # Not list_repo_files, which tries for half a minute where there is no network.
-        info = model_info(text, revision=hub.get("revision"), token=hub.get("token"), timeout=10)
-        names = [file.rfilename for file in info.siblings or ()]
-        cached = None  # the hub answers: nothing old in place of what it has
-        patterns = [*_SMALL_FILES, *_wanted_weights(names, components, variant, use_safetensors)]
-        return Path(snapshot_download(text, allow_patterns=patterns, **hub))
-    except Exception as error:
-        # Its errors have many classes in many libraries; the model's absence is all that they can mean here.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if cached is not None and not hub.get("force_download"):
-            warnings.warn(f"{text}: taken from the cache, for the hub does not answer ({reason})", stacklevel=5)
-            return cached
-        raise FileNotFoundError(
-            f"{text} is no folder here, and could not be had from the hub ({reason}): "
-            "check the name and the network, or give a folder"
-        ) from error
-
-
-def _cached_folder(model_id: str, components: Iterable[str] | None, hub: Mapping[str, Any]) -> Path | None:
-    """The folder of a model in the hub's cache, which may hold only some of its files."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model_index.json", *(f"{part}/config.json".lstrip("/") for part in components or ())):
-        found = try_to_load_from_cache(model_id, name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
-        if isinstance(found, str):
-            return Path(found).parents[name.count("/")]
-    return None
-
-
-def _wanted_weights(
-    names: list[str], components: Iterable[str] | None, variant: str | None, use_safetensors: bool | None
-) -> list[str]:
-    """Patterns for the weights of each folder of a repository; shards are matched by their stem."""
-    wanted = []
+    wanted = list(_SMALL_FILES)
     folders = {name.rpartition("/")[0] for name in names}
     for folder in folders if components is None else folders & set(components):
         inside = [name[len(folder) + 1 if folder else 0 :] for name in names if name.rpartition("/")[0] == folder]
@@ -112,10 +65,67 @@ def _wanted_weights(
         if chosen is not None:
             prefix = f"{folder}/" if folder else ""
             wanted.append(f"{prefix}{chosen}")
-            if chosen.endswith(".json"):
+            if chosen.endswith(".json"):  # shards are matched by their stem
                 stem, suffix = chosen.split(".")[0], "safetensors" if ".safetensors" in chosen else "bin"
                 wanted.append(f"{prefix}{stem}*-of-*.{suffix}")
     return wanted
+
+
+def choose_weights(
+    names: Collection[str], stems: Collection[str], variant: str | None = None, use_safetensors: bool | None = None
+) -> str | None:
+    """Choose among the file names of a folder the one that holds the weights, or the index of its shards.
+
+    Args:
+        names: File names, without folders.
+        stems: Names without suffix, such as `diffusion_pytorch_model`, in order of preference.
+        variant: Such as `"fp16"`.
+        use_safetensors: `True`: only safetensors; `False`: only pickles; `None`: safetensors first.
+
+    Returns:
+        The name, or `None` if there is none.
+    """
+    suffixes = {True: ["safetensors"], False: ["bin"], None: ["safetensors", "bin"]}[use_safetensors]
+    for suffix in suffixes:
+        for stem in stems:
+            for name in _layouts(stem, suffix, variant):
+                if name in names:
+                    return name
+    return None
+
+
+def _layouts(stem: str, suffix: str, variant: str | None) -> tuple[str, str, str]:
+    """Names of weights in one file, and of the two forms of an index of shards."""
+    mark = f".{variant}" if variant else ""
+    return f"{stem}{mark}.{suffix}", f"{stem}.{suffix}.index{mark}.json", f"{stem}.{suffix}{mark}.index.json"
+
+
+def forget_shards(path: Path, variant: str | None = None) -> None:
+    """Remove the index of shards that `path`, weights in one file, has replaced: some readers look for it first."""
+    for index in _layouts(path.name.split(".")[0], path.suffix[1:], variant)[1:]:
+        path.with_name(index).unlink(missing_ok=True)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """`path`, or the shards that it lists if it is an index.
+
+    Raises:
+        ValueError: A shard's name leads out of the folder.
+        FileNotFoundError: A shard is missing.
+    """
+    if path.suffix != ".json":
+        return [path]
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{path} has no 'weight_map' from names to shards: download it again")
+    files = []
+    for name in sorted(set(shards.values())):
+        if PurePosixPath(name).is_absolute() or len(PurePosixPath(name).parts) != 1 or "\\" in name:
+            raise ValueError(f"{path} names the shard {name!r}; expected a file name in the same folder")
+        if not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path.parent / name} is missing; {path.name} lists it: download it again")
+        files.append(path.parent / name)
+    return files
 
 
 def weights_in(folder: Path, variant: str | None, use_safetensors: bool | None) -> list[Path]:
@@ -156,6 +166,23 @@ def listed_components(index: Mapping[str, Any], folder: Path) -> dict[str, str]:
             f"expected Stable Diffusion 1.x or 2.x, made of {', '.join(COMPONENTS)}"
         )
     return {name: entry[1] for name, entry in listed.items() if entry[1] is not None}
+
+
+def index_text(class_name: str, components: Mapping[str, Any], **more: Any) -> str:
+    """The text of a model_index.json.
+
+    Args:
+        class_name: The pipeline's.
+        components: By name; `None` where one is absent.
+        **more: Other keys.
+    """
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION, **more}
+    for name, part in components.items():
+        class_name = type(part).__name__
+        if class_name == "CLIPImageProcessorPil":
+            class_name = "CLIPImageProcessor"  # the name that every release knows
+        index[name] = [None, None] if part is None else [_LIBRARIES.get(name, "diffusers"), class_name]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 @contextlib.contextmanager
@@ -200,13 +227,25 @@ def load_processor(cls: Any, folder: Path) -> Any:
         raise ValueError(f"{folder} is not a {cls.__name__} ({error}); it has {there}: download it again") from error
 
 
-def cached_models() -> list[tuple[str, Path]]:
-    """Id and folder of each Stable Diffusion model in the hub's cache."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+def clip_name(name: str, expected: Expected) -> str | None:
+    """Rename for transformers' CLIP classes, whose releases differ in one prefix and one buffer.
 
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    folders = [(repo.repo_id, rev.snapshot_path) for repo in repos for rev in repo.revisions]
-    return sorted((name, path) for name, path in folders if (path / "model_index.json").is_file())
+    `text_model.` and `vision_model.` came before every name until transformers 5.6; `position_ids` was once saved.
+    """
+    if name.endswith("position_ids"):
+        return name if name in expected else None
+    if name in expected:
+        return name
+    for prefix in ("text_model.", "vision_model."):
+        for candidate in (prefix + name, name.replace(prefix, "", 1)):
+            if candidate in expected:
+                return candidate
+    return name
+
+
+def vae_name(name: str, expected: Expected) -> str | None:
+    """Rename for `AutoencoderKL`: folders from 2022 call the projections of its attention otherwise."""
+    for old, new in OLD_VAE_ATTENTION.items():
+        if f".attentions.0.{old}." in name:
+            return name.replace(f".{old}.", f".{new}.")
+    return name

@@ -282,10 +282,9 @@ def _check_networks(report: FileReport, folders: Mapping[str, Path]) -> None:
 
 def _compare_headers(name: str, config: Mapping[str, Any], folder: Path) -> dict[str, TensorInfo]:
 
-    from sdedit.loading.checkpoint import blank, fits
-    from sdedit.loading.folders import explained, weights_in
-    from sdedit.loading.layout import vae_name
+    from sdedit.loading.folders import explained, vae_name, weights_in
     from sdedit.loading.pretrained import model_class
+    from sdedit.loading.weights import blank, fits
 
     cls = model_class(str(config.get("_class_name", {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name])))
     with blank(), explained(folder / "config.json", cls):

@@ -11,11 +11,75 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from sdedit.loading import keymaps as maps
 from sdedit.loading.headers import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Our names on the left, in all tables.
+
+# Where each network's names begin; the first is the one that is written.
+UNET_PREFIXES = ("model.diffusion_model.",)
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+CLIP_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
+OPEN_CLIP_PREFIXES = ("cond_stage_model.model.",)
+# The average of the UNet's weights over its training: here the rest of the name has no dots.
+EMA_PREFIX = "model_ema.diffusion_model"
+
+# Parameters that such files hold besides, and that the networks do without.
+LEFT_OUT = r"""
+    model_ema\. .* | .* position_ids | .* attn_mask | .* logit_scale | .* text_projection (\.weight)? | .* \.loss\. .*
+    | loss\. .* | betas | (sqrt_|log_)? (recip(m1)?_|one_minus_)? alphas_cumprod (_prev)? | posterior_ .* | logvar
+    | lvlb_weights | scale_factor | denoiser\. .* | v_pred | ztsnr | embedding_manager\. .*
+"""
+
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+VAE_ENDS = {
+    "conv_in": "conv_in",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "conv_norm_out": "norm_out",
+    "conv_out": "conv_out",
+}
+VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+# CLIP's text encoder has our names in a single file; OpenCLIP's has others.
+OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+# These lie one under the other in `attn.in_proj_weight` and `attn.in_proj_bias`.
+OPEN_CLIP_THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -70,7 +134,7 @@ def unet_parts(names: Collection[str]) -> dict[str, Part]:
         ValueError: A name has no place in the layout, for instance that of an adapter's weight.
     """
     modules = _modules(names)
-    places = dict(maps.UNET_ENDS)
+    places = dict(UNET_ENDS)
     for side, theirs, n in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
         for i in range(_count(modules, side)):
             block = f"{side}.{i}"
@@ -83,7 +147,7 @@ def unet_parts(names: Collection[str]) -> dict[str, Part]:
                 n += 1
             # The upsampler has no block of its own: it is the last part of the last one.
             places[f"{block}.upsamplers.0"] = f"{theirs}.{n - 1}.{2 if f'{block}.attentions.0' in modules else 1}"
-    return _parts(names, places, {"resnets": maps.UNET_RESNET, "downsamplers": {"conv": "op"}})
+    return _parts(names, places, {"resnets": UNET_RESNET, "downsamplers": {"conv": "op"}})
 
 
 def vae_parts(names: Collection[str]) -> dict[str, Part]:
@@ -91,14 +155,14 @@ def vae_parts(names: Collection[str]) -> dict[str, Part]:
     modules = _modules(names)
     places = {name: name for name in ("quant_conv", "post_quant_conv")}
     for coder, side in (("encoder", "down"), ("decoder", "up")):
-        places |= {f"{coder}.{ours}": f"{coder}.{theirs}" for ours, theirs in maps.VAE_ENDS.items()}
+        places |= {f"{coder}.{ours}": f"{coder}.{theirs}" for ours, theirs in VAE_ENDS.items()}
         levels = _count(modules, f"{coder}.{side}_blocks")
         for i in range(levels):
             block, level = f"{coder}.{side}_blocks.{i}", i if side == "down" else levels - 1 - i
             for j in range(_count(modules, f"{block}.resnets")):
                 places[f"{block}.resnets.{j}"] = f"{coder}.{side}.{level}.block.{j}"
             places[f"{block}.{side}samplers.0"] = f"{coder}.{side}.{level}.{side}sample"
-    parts = _parts(names, places, {"resnets": maps.VAE_RESNET, "attentions": maps.VAE_ATTENTION})
+    parts = _parts(names, places, {"resnets": VAE_RESNET, "attentions": VAE_ATTENTION})
     matrices = {name for name in names if ".attentions." in name and ".to_" in name and name.endswith(".weight")}
     return {name: replace(part, convolution=name in matrices) for name, part in parts.items()}
 
@@ -114,13 +178,13 @@ def open_clip_parts(names: Collection[str]) -> dict[str, Part]:
     for name in names:
         end = name.removeprefix("text_model.")
         found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", end)
-        if end in maps.OPEN_CLIP_ENDS:
-            parts[name] = Part(maps.OPEN_CLIP_ENDS[end])
-        elif found and found[2] in maps.OPEN_CLIP_THIRDS:
-            third = maps.OPEN_CLIP_THIRDS.index(found[2])
+        if end in OPEN_CLIP_ENDS:
+            parts[name] = Part(OPEN_CLIP_ENDS[end])
+        elif found and found[2] in OPEN_CLIP_THIRDS:
+            third = OPEN_CLIP_THIRDS.index(found[2])
             parts[name] = Part(f"transformer.resblocks.{found[1]}.attn.in_proj_{found[3]}", third)
-        elif found and found[2] in maps.OPEN_CLIP_LAYER:
-            parts[name] = Part(f"transformer.resblocks.{found[1]}.{maps.OPEN_CLIP_LAYER[found[2]]}.{found[3]}")
+        elif found and found[2] in OPEN_CLIP_LAYER:
+            parts[name] = Part(f"transformer.resblocks.{found[1]}.{OPEN_CLIP_LAYER[found[2]]}.{found[3]}")
         elif not name.endswith("position_ids"):
             raise _no_place(name)
     return parts

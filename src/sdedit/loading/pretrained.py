@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,21 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sdedit.config import FORMAT_VERSION
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import blank, fill
 from sdedit.loading.folders import (
     COMPONENTS,
     DEFAULT_MODEL,
+    clip_name,
     explained,
-    find_folder,
+    forget_shards,
     has_variant,
+    index_text,
     listed_components,
     load_processor,
     transformers_class,
+    vae_name,
     weights_in,
 )
-from sdedit.loading.layout import clip_name, forget_shards, vae_name
+from sdedit.loading.hub import find_folder
+from sdedit.loading.tokenizer import SPECIAL_TOKENS, CLIPTokens, content
+from sdedit.loading.weights import blank, fill
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -177,6 +179,48 @@ def load_components(
     return parts
 
 
+def quick_parts(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
+    """Tokenizer and text encoder of a model folder, as arguments for `from_pretrained`; none if it is not plain.
+
+    Raises:
+        ValueError: A file is damaged, or its names and shapes are not those of the network.
+    """
+    index, words, network = folder / "model_index.json", folder / "tokenizer", folder / "text_encoder"
+    if not _is_plain(index, words, network):
+        return {}
+    from sdedit.models.clip_text import CLIPTextEncoder
+
+    with blank():
+        model = CLIPTextEncoder.from_config(network)
+    fill(model, weights_in(network, None, None), dtype=torch_dtype, rename=clip_name)
+    return {"tokenizer": CLIPTokens(words), "text_encoder": model.eval()}
+
+
+def _is_plain(index: Path, words: Path, network: Path) -> bool:
+    """Are these CLIP's own classes, with its own tokens and activations, and all files there?"""
+    files = [
+        index,
+        words / "vocab.json",
+        words / "merges.txt",
+        words / "tokenizer_config.json",
+        network / "config.json",
+    ]
+    if not all(file.is_file() for file in files) or (words / "added_tokens.json").exists():
+        return False
+    listed, settings, config = (read_json(file) for file in (files[0], files[3], files[4]))
+    special = {content(settings.get(key)) for key in SPECIAL_TOKENS}
+    length = settings.get("model_max_length")
+    return (
+        listed.get("tokenizer") == ["transformers", "CLIPTokenizer"]
+        and listed.get("text_encoder") == ["transformers", "CLIPTextModel"]
+        and config.get("hidden_act") in ("quick_gelu", "gelu")
+        and isinstance(length, int)
+        and length <= config.get("max_position_embeddings", 77)
+        and None not in special
+        and all(content(token) in special for token in settings.get("added_tokens_decoder", {}).values())
+    )
+
+
 def save_components(
     components: dict[str, Any], requires_safety_checker: bool, folder: str | os.PathLike[str], variant: str | None
 ) -> None:
@@ -185,26 +229,15 @@ def save_components(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_directory: {folder} is a file; expected a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionImg2ImgPipeline",
-        "_diffusers_version": FORMAT_VERSION,
-        "requires_safety_checker": requires_safety_checker,
-    }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         for name, part in components.items():
-            if part is None:
-                index[name] = [None, None]
-                continue
-            library = "transformers" if type(part).__module__.startswith("transformers") else "diffusers"
-            class_name = type(part).__name__
-            if class_name == "StableDiffusionSafetyChecker":
-                library = "stable_diffusion"
-            if class_name == "CLIPImageProcessorPil":
-                class_name = "CLIPImageProcessor"  # the name that every release knows
-            index[name] = [library, class_name]
-            weights = {"variant": variant} if variant and isinstance(part, torch.nn.Module) else {}
-            part.save_pretrained(Path(temporary) / name, **weights)
-        (Path(temporary) / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            if part is not None:
+                weights = {"variant": variant} if variant and isinstance(part, torch.nn.Module) else {}
+                part.save_pretrained(Path(temporary) / name, **weights)
+        index = index_text(
+            "StableDiffusionImg2ImgPipeline", components, requires_safety_checker=requires_safety_checker
+        )
+        (Path(temporary) / "model_index.json").write_text(index)
         files = sorted(p for p in Path(temporary).rglob("*") if p.is_file())
         for file in sorted(files, key=lambda p: p.name == "model_index.json"):
             target = folder / file.relative_to(temporary)

@@ -9,27 +9,25 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote
 
 import torch
 
 from sdedit.files import read_json
 from sdedit.loading import ldm, sizes
-from sdedit.loading.checkpoint import blank, compare, put, read_weights
 from sdedit.loading.families import SD1, SD2, Sections, recognise, sort_names
-from sdedit.loading.folders import COMPONENTS, find_folder
+from sdedit.loading.folders import COMPONENTS
 from sdedit.loading.headers import Header, TensorInfo, read_header
+from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component, model_class
-from sdedit.loading.sources import check_hub_arguments
+from sdedit.loading.tokenizer import SIZE, clip_tokenizer
 from sdedit.loading.training_config import Training, find_training
-from sdedit.loading.vocabulary import SIZE, clip_tokenizer
+from sdedit.loading.weights import blank, compare, put, read_weights
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
 
 M = TypeVar("M", bound="Model")
 
-_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve|raw)/([^/]+)/([^?#]+)")
 _SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -148,7 +146,7 @@ class SingleFile:
                 return read_json(folder / "config.json")
         config = from_shapes()
         if name == "vae":
-            return config | self.training.vae(config)
+            return config | self.training.vae()
         if name == "unet":
             size = self.training.image_size or (768 if self.is_sd2 and self.prediction_type == "v_prediction" else 512)
             vae_levels = len({inner.split(".")[2] for inner in self.sections.vae if inner.startswith("encoder.down.")})
@@ -226,40 +224,6 @@ _MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def find_file(path_or_url: str | os.PathLike[str], **hub: Any) -> Path:
-    """`path_or_url` itself if it is a file, else what the hub has, or its cache holds, at that address.
-
-    Args:
-        path_or_url: A path, `https://huggingface.co/OWNER/NAME/blob/REVISION/FILE` (or `resolve`), `OWNER/NAME/FILE`.
-        **hub: `revision`, `cache_dir`, `local_files_only`, `token`, `force_download`.
-
-    Raises:
-        FileNotFoundError: It is none of these, or the hub does not have it, or is out of reach.
-    """
-    check_hub_arguments("from_single_file", hub)
-    if Path(path_or_url).is_file():
-        return Path(path_or_url)
-    if Path(path_or_url).is_dir():
-        raise ValueError(f"{path_or_url} is a folder; expected a file (for folders there is from_pretrained)")
-    text = str(path_or_url)
-    if found := _URL.fullmatch(text.partition("?")[0]):
-        repo, revision, name = found[1], hub.pop("revision", None) or unquote(found[2]), unquote(found[3])
-    elif found := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)/(.+\.(?:safetensors|ckpt|pt|pth|bin))", text):
-        repo, revision, name = found[1], hub.pop("revision", None), found[2]
-    else:
-        raise FileNotFoundError(f"{text} is no file here, nor the address of one on huggingface.co")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision, **hub))
-    except Exception as error:
-        # Its errors have many classes in many libraries; the file's absence is all that they can mean here.
-        raise FileNotFoundError(
-            f"{text} is no file here, and could not be had from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): check the name and the network, or give a file"
-        ) from error
-
-
 def load_network(
     cls: type[M],
     path_or_url: str | os.PathLike[str],
@@ -287,7 +251,7 @@ def load_network(
     return network.model  # type: ignore[no-any-return]
 
 
-def load_components(
+def load_single_file(
     path_or_url: str | os.PathLike[str],
     *,
     torch_dtype: torch.dtype | None,

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdedit.files import write_atomically
-from sdedit.loading import keymaps as maps
 from sdedit.loading import ldm
-from sdedit.loading.checkpoint import blank
+from sdedit.loading.weights import blank
 from sdedit.models.offload import refuse
 
 
@@ -82,13 +81,13 @@ def _layouts(components: Mapping[str, Any]) -> list[tuple[str, Callable[[Collect
     found: list[tuple[str, Callable[[Collection[str]], dict[str, ldm.Part]], Any]] = []
     unet, vae, text = (components.get(name) for name in ("unet", "vae", "text_encoder"))
     if unet is not None:
-        found.append((maps.UNET_PREFIXES[0], ldm.unet_parts, unet))
+        found.append((ldm.UNET_PREFIXES[0], ldm.unet_parts, unet))
     if vae is not None:
-        found.append((maps.VAE_PREFIXES[0] if unet is not None else "", ldm.vae_parts, vae))
+        found.append((ldm.VAE_PREFIXES[0] if unet is not None else "", ldm.vae_parts, vae))
     if text is not None and text.config.hidden_act == "gelu":
-        found.append((maps.OPEN_CLIP_PREFIXES[0], ldm.open_clip_parts, text))
+        found.append((ldm.OPEN_CLIP_PREFIXES[0], ldm.open_clip_parts, text))
     elif text is not None:
-        found.append((maps.CLIP_PREFIXES[0], ldm.clip_parts, text))
+        found.append((ldm.CLIP_PREFIXES[0], ldm.clip_parts, text))
     return found
 
 

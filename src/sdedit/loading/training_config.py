@@ -34,7 +34,7 @@ class Training:
             return {"attention_head_dim": [max(c // width, 1) for c in config["block_out_channels"]]}
         return {}
 
-    def vae(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def vae(self) -> dict[str, Any]:
         """Keys of a VAE's config: the factor of its latents, and the size of its pictures."""
         scale = self.params.get("scale_factor")
         factor = {"scaling_factor": float(scale)} if isinstance(scale, (int, float)) else {}

@@ -116,7 +116,7 @@ class Model(AttentionOptions, Configurable):
         Raises:
             ValueError: `safe_serialization=False`: pickles are read, never written.
         """
-        from sdedit.loading.checkpoint import save_weights
+        from sdedit.loading.weights import save_weights
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")

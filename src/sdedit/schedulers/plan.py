@@ -206,14 +206,10 @@ class Plan(Configurable):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any
     ) -> Self:
         """Make one from a folder or hub id, of whichever class; `overrides` are options, or arguments for the hub."""
-        hub_arguments = later("sdedit.loading.sources:HUB_ARGUMENTS")
+        hub_arguments = later("sdedit.loading.hub:HUB_ARGUMENTS")
         hub = {name: overrides.pop(name) for name in hub_arguments & set(overrides)}
         here = Path(pretrained_model_name_or_path)
-        here = (
-            here
-            if here.exists()
-            else later("sdedit.loading.folders:find_folder")(here.as_posix(), components=(), **hub)
-        )
+        here = here if here.exists() else later("sdedit.loading.hub:find_folder")(here.as_posix(), components=(), **hub)
         return cls.from_config(here / (subfolder or ""), **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -1,27 +1,63 @@
-"""CLIP's tokenizer and text encoder for commands, without transformers: half of a small model's first picture.
+"""CLIP's tokenizer: for single files from the vocabulary that travels with the package, and a quick one for commands.
 
-Only what needs nothing more is read so: a folder in the published layout. Anything else is left to transformers.
+The quick one does without transformers, whose import takes half of the time of a small model's first picture.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
 from sdedit.files import read_json
-from sdedit.loading.checkpoint import blank, fill
-from sdedit.loading.folders import weights_in
-from sdedit.loading.layout import clip_name
-from sdedit.models.clip_text import CLIPTextEncoder
+
+MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
+SIZE = 49408
 
 # Words, single digits and runs of other signs; endings such as 's are words of their own.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """The tokenizer of Stable Diffusion 1.x; 2.x pads with `"!"`."""
+    from transformers import CLIPTokenizer
+
+    merges = gzip.decompress(MERGES.read_bytes()).decode()
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "do_lower_case": True,
+        "errors": "replace",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    # A folder is the one form that all versions of transformers read.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "merges.txt").write_text(merges, encoding="utf-8")
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary(merges)), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def vocabulary(merges: str) -> dict[str, int]:
+    """Tokens and their numbers, from the merges: a symbol for each byte, the same ending a word, then the merges.
+
+    Bytes that can be printed stand for themselves and come first; the others stand for themselves plus 256 and more.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merged = ["".join(line.split()) for line in merges.splitlines()[1:] if line]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *merged, "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 class CLIPTokens:
@@ -40,7 +76,7 @@ class CLIPTokens:
         from tokenizers.models import BPE
 
         settings = read_json(folder / "tokenizer_config.json")
-        names = {key: str(_content(settings[key])) for key in _SPECIAL}
+        names = {key: str(content(settings[key])) for key in SPECIAL_TOKENS}
         model = BPE.from_file(
             str(folder / "vocab.json"),
             str(folder / "merges.txt"),
@@ -88,9 +124,12 @@ class CLIPTokens:
             ids = [row if len(row) <= max_length else [*row[: max_length - 1], self.eos_token_id] for row in ids]
         if padding == "max_length" and max_length is not None:
             ids = [row + [self.pad_token_id] * (max_length - len(row)) for row in ids]
+        if return_tensors == "pt":
+            import torch
+
+            return SimpleNamespace(input_ids=torch.tensor(ids))
         if return_tensors is not None:
-            made = np.array(ids)
-            return SimpleNamespace(input_ids=torch.from_numpy(made) if return_tensors == "pt" else made)
+            return SimpleNamespace(input_ids=np.array(ids))
         return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,47 +137,7 @@ class CLIPTokens:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)).replace("</w>", " ").strip()
 
 
-def quick_parts(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
-    """Tokenizer and text encoder of a model folder, as arguments for `from_pretrained`; none if it is not plain.
-
-    Raises:
-        ValueError: A file is damaged, or its names and shapes are not those of the network.
-    """
-    index, words, network = folder / "model_index.json", folder / "tokenizer", folder / "text_encoder"
-    if not _plain(index, words, network):
-        return {}
-    with blank():
-        model = CLIPTextEncoder.from_config(network)
-    fill(model, weights_in(network, None, None), dtype=torch_dtype, rename=clip_name)
-    return {"tokenizer": CLIPTokens(words), "text_encoder": model.eval()}
-
-
-def _plain(index: Path, words: Path, network: Path) -> bool:
-    """Are these CLIP's own classes, with its own tokens and activations, and all files there?"""
-    files = [
-        index,
-        words / "vocab.json",
-        words / "merges.txt",
-        words / "tokenizer_config.json",
-        network / "config.json",
-    ]
-    if not all(file.is_file() for file in files) or (words / "added_tokens.json").exists():
-        return False
-    listed, settings, config = (read_json(file) for file in (files[0], files[3], files[4]))
-    special = {_content(settings.get(key)) for key in _SPECIAL}
-    length = settings.get("model_max_length")
-    return (
-        listed.get("tokenizer") == ["transformers", "CLIPTokenizer"]
-        and listed.get("text_encoder") == ["transformers", "CLIPTextModel"]
-        and config.get("hidden_act") in ("quick_gelu", "gelu")
-        and isinstance(length, int)
-        and length <= config.get("max_position_embeddings", 77)
-        and None not in special
-        and all(_content(token) in special for token in settings.get("added_tokens_decoder", {}).values())
-    )
-
-
-def _content(token: Any) -> str | None:
+def content(token: Any) -> str | None:
     """A special token is written as a string, or as an object with flags."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdedit.files import write_atomically
-from sdedit.loading.headers import Header, TensorInfo, read_header
-from sdedit.loading.layout import Expected, forget_shards
+from sdedit.loading.folders import Expected, forget_shards
+from sdedit.loading.headers import Header, TensorInfo, differences, read_header
 from sdedit.loading.pickles import StoredTensor
 
 # Bytes that are read at once of tensors that are to be cast.
@@ -178,15 +178,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection[Path]) -> None:
     """Raise `ValueError` with every name that is missing (-), unknown (+) or of another shape or kind (!)."""
     expected = model.state_dict()
-    lines = [f"- {name} {list(t.shape)} is missing" for name, t in expected.items() if name not in found]
-    lines += [f"+ {name} {list(info.shape)} is not expected" for name, info in found.items() if name not in expected]
-    for name, tensor in expected.items():
-        if name in found and tuple(tensor.shape) != found[name].shape:
-            lines.append(f"! {name} is {list(found[name].shape)} in the file; {list(tensor.shape)} expected")
-        elif name in found and tensor.is_floating_point() != found[name].dtype.is_floating_point:
-            lines.append(f"! {name} holds {found[name].dtype}; floats expected")
-    if lines:
-        shown = "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
+    kinds = [
+        f"! {name} holds {info.dtype}; floats expected"
+        for name, info in found.items()
+        if name in expected and expected[name].is_floating_point() != info.dtype.is_floating_point
+    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if shown := differences(shapes, {name: info.shape for name, info in found.items()}, kinds):
         where = ", ".join(str(file) for file in files)
         raise ValueError(f"{where} does not fit {type(model).__name__} as its config describes it:\n{shown}")
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sdedit.loading import checkpoint
-from sdedit.loading.checkpoint import fill, read_weights, save_weights
-from sdedit.loading.layout import choose_weights, clip_name, vae_name, weight_files
+from sdedit.loading import weights as checkpoint
+from sdedit.loading.folders import choose_weights, clip_name, vae_name, weight_files
+from sdedit.loading.weights import fill, read_weights, save_weights
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
