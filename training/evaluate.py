@@ -140,7 +140,11 @@ def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
     """What a pipeline's pictures are nearest to; `history` is its training.json."""
     pictures, items = load()
     learned = list(things())[: history["things"]]
-    settings = {"num_inference_steps": SUITED.steps, "guidance_scale": SUITED.guidance}
+    settings = {
+        "num_inference_steps": SUITED.steps,
+        "exact_steps": SUITED.exact_steps,
+        "guidance_scale": SUITED.guidance,
+    }
     dtype = str(pipe.dtype).removeprefix("torch.")
     figures: dict[str, Any] = {
         "settings": {**settings, "scheduler": type(pipe.scheduler).__name__, "dtype": dtype},

@@ -98,7 +98,9 @@ def train(part: str, steps: int, args: argparse.Namespace) -> None:
     held_out = pools(items)[2]
     before = PARTS[: PARTS.index(part)]
     vae = learning(grown_vae(before).to(args.device), part)
-    plan = Plan(steps, args.rate, fall=min(args.fall, steps // 2), averaging=0.998, weight_decay=1e-3, muon=True)
+    plan = Plan(
+        steps, args.rate, warm_up=50, fall=min(args.fall, steps // 2), averaging=0.998, weight_decay=1e-3, muon=True
+    )
     loss = Loss(copy.deepcopy(start_vae()).float().to(args.device), part)
     training = Training(vae, loss, Crops(pictures, items, args.batch), plan, file(part))
 

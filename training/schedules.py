@@ -2,8 +2,9 @@
 
     python training/schedules.py [FOLDER] [--draws 100]
 
-Guides in another style, simulated strokes and words alone as in evaluate.py, of the things that were taught most, at the
-strength that suits the model. Drawn in bfloat16; a picture is timed alone, the median of five, in float32 and bfloat16.
+Guides in another style, simulated strokes and words alone as in evaluate.py, of the things that were taught most, at
+the strength that suits the model. Drawn in bfloat16; a picture is timed alone, the median of five, in float32 and
+bfloat16.
 """
 
 import argparse

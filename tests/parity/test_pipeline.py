@@ -256,4 +256,4 @@ def test_the_default_model_draws_the_same_picture() -> None:
     ours = sdedit.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
     for pipe in (theirs, ours):
         pipe.set_progress_bar_config(disable=True)
-    compare(theirs, ours, prompt="red apple, 3d", image=picture(128, 128, 3), guidance_scale=3.0, strength=0.65)
+    compare(theirs, ours, prompt="red apple, 3d", image=picture(256, 256, 3), guidance_scale=3.0, strength=0.65)

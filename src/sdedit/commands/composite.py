@@ -11,7 +11,7 @@ import typer
 from sdedit.commands import options as o
 from sdedit.commands.drawing import draw
 from sdedit.commands.metadata import Settings, hash_file, save_picture
-from sdedit.commands.options import SUITED, USUAL, check_output, open_guide
+from sdedit.commands.options import check_output, open_guide
 
 
 def composite(
@@ -40,7 +40,7 @@ def composite(
     count: o.Count = 1,
     dtype: o.DType = "auto",
     device: o.Device = "auto",
-    exact_steps: o.ExactSteps = False,
+    exact_steps: o.ExactSteps = None,
     max_megapixels: o.MaxMegapixels = 100,
     debug: o.Debug = False,
 ) -> None:
@@ -55,7 +55,7 @@ def composite(
     files = [output.with_name(f"{output.stem}-{kind}.png") for kind in ("pasted", "mask")]
     for picture, file in zip((pasted.image, pasted.mask), files, strict=True):
         save_picture(picture, file)
-    suited = SUITED if model == "default" else USUAL
+    usual = o.suited(model)
     settings = Settings(
         prompt,
         image=str(files[0]),
@@ -64,15 +64,15 @@ def composite(
         mask_hash=hash_file(files[1]),
         feather=margin,
         negative=negative,
-        steps=suited.steps if steps is None else steps,
-        guidance=suited.guidance if guidance is None else guidance,
+        steps=usual.steps if steps is None else steps,
+        guidance=usual.guidance if guidance is None else guidance,
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         model=model,
         strength=strength,
         scheduler=scheduler,
         lora=[o.with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
-        exact_steps=exact_steps,
+        exact_steps=usual.exact_steps if exact_steps is None else exact_steps,
     )
     draw(settings, pasted.image, output, count=count, device=device, size="original")
 

@@ -11,7 +11,7 @@ import typer
 from sdedit.commands import options as o
 from sdedit.commands.drawing import ready_pipe, say
 from sdedit.commands.metadata import Settings
-from sdedit.commands.options import SUITED, USUAL, numbers
+from sdedit.commands.options import numbers
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
     if output.suffix.lower() != ".csv" or not output.absolute().parent.is_dir():
         raise ValueError(f"-o {output}: expected a table's name, such as curve.csv, in a folder that exists")
     levels = numbers("--strengths", strengths)
-    suited = SUITED if model == "default" else USUAL
+    usual = o.suited(model)
     settings = Settings("", model=model, scheduler=scheduler, dtype=None if dtype == "auto" else dtype)
     pipe = ready_pipe(settings, device)
     pipe.set_progress_bar_config(disable=True)
@@ -66,8 +66,8 @@ def evaluate(
         batch=batch,
         seed=seed,
         progress=progress,
-        num_inference_steps=suited.steps if steps is None else steps,
-        guidance_scale=suited.guidance if guidance is None else guidance,
+        num_inference_steps=usual.steps if steps is None else steps,
+        guidance_scale=usual.guidance if guidance is None else guidance,
         repeats=repeats,
     )
     write_csv(rows, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
 
 # What large models are used with, and what suits the small one of the package.
 USUAL = Settings("", strength=0.8, guidance=7.5, steps=30)
-SUITED = Settings("", strength=0.65, guidance=3.0, steps=20)
+SUITED = Settings("", strength=0.65, guidance=3.0, steps=5, exact_steps=True)
+
+
+def suited(model: str, backend: str = "torch") -> Settings:
+    """What suits a model; on JAX, which has no exact steps, about as many of the schedule run."""
+    if model != "default":
+        return USUAL
+    return SUITED if backend == "torch" else replace(SUITED, steps=8, exact_steps=False)
+
 
 ImageArgument = Annotated[Path, typer.Argument(help="The picture to start from: any format, any size.")]
 PromptArgument = Annotated[str, typer.Argument(help="What it shall become.")]
@@ -25,7 +34,7 @@ Strength = Annotated[
     float | None, typer.Option(help="How far to go from the image: 0 keeps it, 1 forgets it. 0.8; default model: 0.65.")
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Steps of the schedule; strength says how many run. 30; default model: 20.")
+    int | None, typer.Option(help="Steps of the schedule; strength says how many run. 30; default model: 5, exact.")
 ]
 Guidance = Annotated[
     float | None, typer.Option(help="Weight of the prompt; 1 turns guidance off. 7.5; default model: 3.")
@@ -46,7 +55,8 @@ StrengthMap = Annotated[
     Path | None, typer.Option(help="The strength of each pixel, black 0 to white 1; --strength is then the most, 1.")
 ]
 ExactSteps = Annotated[
-    bool, typer.Option("--exact-steps", help="Run all of --steps, whatever the strength, which is then continuous.")
+    bool | None,
+    typer.Option(help="Run all of --steps, whatever the strength, which is then continuous; the default model does."),
 ]
 Weighting = Annotated[
     bool, typer.Option("--weighting", help="Read (word:1.2), [word] and BREAK in prompts, of any length.")

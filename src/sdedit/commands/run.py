@@ -11,7 +11,7 @@ import typer
 from sdedit.commands import options as o
 from sdedit.commands.drawing import draw, say
 from sdedit.commands.metadata import Settings, hash_file, read_settings, scheduler_from_label
-from sdedit.commands.options import SUITED, USUAL, beside, check_output, open_guide, with_weight
+from sdedit.commands.options import beside, check_output, open_guide, with_weight
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     backend: o.Backend = "torch",
     device: o.Device = "auto",
     size: o.Size = "auto",
-    exact_steps: o.ExactSteps = False,
+    exact_steps: o.ExactSteps = None,
     extra_noise: Annotated[float, typer.Option(help="More noise than strength asks for, against blur: 0 to 1.")] = 0.0,
     repeats: o.Repeats = 1,
     mask: o.Mask = None,
@@ -46,20 +46,20 @@ def run(
     if count < 1:
         raise ValueError(f"--count {count}; expected at least 1")
     check_output(output)
-    suited = SUITED if model == "default" else USUAL
+    usual = o.suited(model, backend)
     settings = Settings(
         prompt,
         image=str(image),
         negative=negative,
-        steps=suited.steps if steps is None else steps,
-        guidance=suited.guidance if guidance is None else guidance,
+        steps=usual.steps if steps is None else steps,
+        guidance=usual.guidance if guidance is None else guidance,
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         model=model,
-        strength=strength if strength is not None else 1.0 if strength_map else suited.strength,
+        strength=strength if strength is not None else 1.0 if strength_map else usual.strength,
         scheduler=scheduler,
         lora=[with_weight(text) for text in lora or ()],
         dtype=None if dtype == "auto" else dtype,
-        exact_steps=exact_steps,
+        exact_steps=usual.exact_steps if exact_steps is None else exact_steps,
         extra_noise=extra_noise,
         repeats=repeats,
         mask=None if mask is None else str(mask),

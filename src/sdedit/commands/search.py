@@ -11,7 +11,7 @@ import typer
 from sdedit.commands import options as o
 from sdedit.commands.drawing import ready, save_all, say
 from sdedit.commands.metadata import Settings, hash_file
-from sdedit.commands.options import SUITED, USUAL, check_output, open_guide
+from sdedit.commands.options import check_output, open_guide
 from sdedit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def search(
 ) -> None:
     """Find the strength at which a picture of PROMPT is as real as can be and still faithful to IMAGE."""
     check_output(output)
-    suited = SUITED if model == "default" else USUAL
+    usual = o.suited(model)
     settings = Settings(
         prompt,
         image=str(image),
         negative=negative,
-        steps=suited.steps if steps is None else steps,
-        guidance=suited.guidance if guidance is None else guidance,
+        steps=usual.steps if steps is None else steps,
+        guidance=usual.guidance if guidance is None else guidance,
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         model=model,
         scheduler=scheduler,

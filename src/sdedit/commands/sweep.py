@@ -10,7 +10,7 @@ import typer
 from sdedit.commands import options as o
 from sdedit.commands.drawing import ready
 from sdedit.commands.metadata import Settings
-from sdedit.commands.options import SUITED, USUAL, check_output, numbers, open_guide
+from sdedit.commands.options import check_output, numbers, open_guide
 
 
 def sweep(
@@ -31,7 +31,7 @@ def sweep(
     dtype: o.DType = "auto",
     device: o.Device = "auto",
     size: o.Size = "auto",
-    exact_steps: o.ExactSteps = False,
+    exact_steps: o.ExactSteps = None,
     weighting: o.Weighting = False,
     embedding: o.Embedding = None,
     max_megapixels: o.MaxMegapixels = 100,
@@ -40,7 +40,7 @@ def sweep(
     """Draw IMAGE at several strengths on one labelled sheet, with how far each is from it."""
     check_output(output)
     levels = numbers("--strengths", strengths)
-    suited, chosen = SUITED if model == "default" else USUAL, None if dtype == "auto" else dtype
+    usual, chosen = o.suited(model), None if dtype == "auto" else dtype
     embeddings = tuple(embedding or ())
     settings = Settings(prompt, model=model, embeddings=embeddings, scheduler=scheduler, dtype=chosen)
     pipe, guide = ready(settings, open_guide(image, max_megapixels), device, size)
@@ -51,10 +51,10 @@ def sweep(
         prompt,
         levels,
         None if seed is None else torch.Generator().manual_seed(seed),
-        num_inference_steps=suited.steps if steps is None else steps,
-        guidance_scale=suited.guidance if guidance is None else guidance,
+        num_inference_steps=usual.steps if steps is None else steps,
+        guidance_scale=usual.guidance if guidance is None else guidance,
         negative_prompt=negative or None,
-        exact_steps=exact_steps,
+        exact_steps=usual.exact_steps if exact_steps is None else exact_steps,
         prompt_weighting=weighting,
     )
     swept.save(output)

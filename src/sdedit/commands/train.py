@@ -9,7 +9,7 @@ import typer
 
 from sdedit.commands import options as o
 from sdedit.commands.drawing import load_model, place, say
-from sdedit.commands.options import SUITED, USUAL, open_guide
+from sdedit.commands.options import open_guide
 
 app = typer.Typer(help="Teach a model something new.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -66,7 +66,7 @@ def lora(
     from sdedit.apps.finetune import Samples, train_lora
 
     images = [open_guide(path, max_megapixels) for path in sample_image or ()]
-    suited = SUITED if model == "default" else USUAL
+    usual = o.suited(model)
     where, dtype = place(device, precision)
     result = train_lora(
         load_model(model, dtype).to(where),
@@ -77,8 +77,7 @@ def lora(
             (sample_prompt or None) if samples else [],
             images,
             strength=sample_strength,
-            guidance=suited.guidance,
-            steps=suited.steps,
+            guidance=usual.guidance,
         ),
         restart=restart,
         steps=steps,
