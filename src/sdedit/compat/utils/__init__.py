@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import tempfile
 import urllib.request
@@ -64,7 +63,10 @@ def load_image(
             content = answer.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"image: {image} is larger than {_MOST_BYTES >> 20} MiB")
-        opened = open_image(io.BytesIO(content))  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picture"
+            path.write_bytes(content)
+            opened = open_image(path)
     elif isinstance(image, (str, os.PathLike)):
         opened = open_image(image)
     elif isinstance(image, Image.Image):
