@@ -30,10 +30,11 @@ demo: $(VENV)/.run  ## a doodle becomes a picture
 test: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest -n 2
 
-check: $(VENV)/.test  ## style and types
+check: $(VENV)/.test  ## style, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 evaluate-model: $(VENV)/.training  ## measure the default model: its figures.json, doodles.png and card
 	$(BIN)/python training/evaluate.py

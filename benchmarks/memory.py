@@ -32,7 +32,6 @@ CASES = (
     ("decode", 512, "plain"),
     ("decode", 1024, "plain"),
     ("decode", 1024, "tiling"),
-    ("decode", 1024, "tiling, 256 MiB"),
     ("encode", 1024, "plain"),
     ("encode", 1024, "tiling"),
     ("unet", 512, "plain"),
@@ -78,8 +77,8 @@ def turn_on(model, option: str) -> None:
         model.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     elif option == "slicing":
         model.enable_slicing()
-    elif option.startswith("tiling"):
-        model.enable_tiling(max_bytes=256 << 20 if "256" in option else None)
+    elif option == "tiling":
+        model.enable_tiling()
     elif option == "sequential offload":
         from sdedit.models.offload import Layers
 

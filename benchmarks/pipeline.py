@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import sdedit
-from sdedit.models.unet import one_run
+from sdedit.models.fast.full_speed import one_run
 from sdedit.schedulers import make_scheduler
 
 PARTS = ("unet", "vae", "call", "turbo", "compiled", "xformers", "openvino")

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import UNET, VAE, make_folder
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from sdedit.models.attention import BasicTransformerBlock, Context, FeedForward, in_blocks, merged
-from sdedit.models.fast.deep_reuse import DeepReuse
-from sdedit.models.layers import ResnetBlock2D, Upsample2D
-from sdedit.models.unet import one_run
+from sdedit.models.attention import BasicTransformerBlock, Context, merged
+from sdedit.models.fast.deep_reuse import DeepFeatures, DeepReuse
+from sdedit.models.fast.full_speed import one_run
 
 
 @pytest.fixture(scope="module")
@@ -36,69 +34,6 @@ def draw(pipe: Any, steps: int = 12, **settings: Any) -> np.ndarray[Any, Any]:
     image = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     common = {"strength": 1.0, "num_inference_steps": steps, "output_type": "np"}
     return pipe("apple", image, generator=torch.Generator().manual_seed(0), **common, **settings).images
-
-
-@pytest.mark.parametrize(("queries", "keys", "d"), [(300, 5000, 40), (256, 256, 64), (70, 1100, 33)])
-@pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0, 60.0])  # the last would leave bfloat16's range
-def test_attention_in_blocks_is_attention(queries: int, keys: int, d: int, sharpness: float) -> None:
-    q, k, v = (torch.randn(2, 3, n, d).bfloat16() for n in (queries, keys, keys))
-    q, v = sharpness * q, v + 1
-    whole = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert (in_blocks(q, k, v) - whole).norm() < (0.06 if sharpness > 10 else 0.01) * whole.norm()
-    moved = in_blocks(q, k + 4, v)  # an offset of the keys changes no softmax, but rounds them
-    assert (moved - whole).norm() < (0.1 if sharpness > 10 else 0.015) * whole.norm()
-
-
-@pytest.mark.parametrize("size", [None, (14, 18), (13, 18)])
-def test_convolving_what_is_twice_as_large_without_making_it(size: tuple[int, int] | None) -> None:
-    layer, x = Upsample2D(16), torch.randn(2, 16, 7, 9)
-    enlarged = F.interpolate(x, size=size or (14, 18), mode="nearest")
-    torch.testing.assert_close(layer(x, size), layer.conv(enlarged), rtol=1e-4, atol=1e-5)
-
-
-def test_a_hook_on_the_convolution_is_called() -> None:
-    layer, seen = Upsample2D(16), []
-    layer.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    layer(torch.randn(2, 16, 7, 9))
-    assert seen == [(2, 16, 14, 18)]
-
-
-@pytest.mark.parametrize("act_fn", ["silu", "gelu"])
-def test_a_block_writes_over_its_own_maps_only(act_fn: str) -> None:
-    block, x = ResnetBlock2D(8, 8, temb_channels=4, groups=4, act_fn=act_fn).eval(), torch.randn(2, 8, 6, 6)
-    temb, before = torch.randn(2, 4), x.clone()
-    learning = block(x, temb)  # with a gradient, all is kept
-    learning.sum().backward()
-    with torch.no_grad():
-        kept = temb.clone()
-        torch.testing.assert_close(block(x, temb), learning.detach(), rtol=0, atol=0)
-        assert torch.equal(x, before)
-        assert torch.equal(temb, kept)
-
-
-@torch.no_grad()
-def test_what_a_hook_saw_stays_as_it_was() -> None:
-    block, x, seen = ResnetBlock2D(8, 8, groups=4).eval(), torch.randn(2, 8, 6, 6), {}
-    for name in ("norm1", "conv1", "norm2", "conv2"):
-        layer = block.get_submodule(name)
-        layer.register_forward_hook(lambda _, given, out, name=name: seen.update({name: (given[0], out)}))
-    result = block(x)
-    for name, (given, out) in seen.items():
-        layer = block.get_submodule(name)
-        assert torch.equal(layer.forward(given), out)
-    torch.testing.assert_close(result, x + seen["conv2"][1], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("shape", [(2, 24, 8), (1, 33, 8)])
-def test_feed_forward_in_parts_is_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = FeedForward(8), torch.randn(shape)
-    whole, sizes = layer(x), []
-    layer.net[0].register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[:-1].numel()))
-    monkeypatch.setattr(FeedForward, "PART", 20)
-    monkeypatch.setattr(FeedForward, "LARGE", x.nbytes)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), whole)
-    assert sizes == ([20, 20, 8] if len(x) == 2 else [20, 13])
 
 
 def test_one_sample_with_two_texts_is_two_samples(unet: UNet2DConditionModel) -> None:
@@ -256,11 +191,12 @@ def test_turbo_on_a_batch_that_shrinks(pipe: Any) -> None:
 
 
 def test_reuse_follows_the_line_through_the_last_two() -> None:
-    reuse = DeepReuse(every=4)
+    features = DeepFeatures(DeepReuse(every=4))
     seen = []
     for call in range(9):
-        deep = reuse.recall(1)
-        reuse.keep(torch.full((1, 1), 3.0 * call) if deep is None else deep)
+        deep = features.recall(1)
+        if deep is None:
+            features.keep(torch.full((1, 1), 3.0 * call))
         seen.append(None if deep is None else deep.item())
     assert seen == [None, None, 6.0, 9.0, None, 15.0, 18.0, 21.0, None]
 

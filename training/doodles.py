@@ -15,7 +15,7 @@ from paths import EXPORT, REPOSITORY, read_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.apps.framing import framed
 from sdedit.apps.sheets import contact_sheet
-from sdedit.commands.options import SUITED
+from sdedit.commands.settings import SUITED
 
 EXAMPLES = REPOSITORY / "examples"
 SIDE = 160  # of each on the sheet

@@ -27,7 +27,7 @@ from features import judge, share_right
 from paths import EXPORT, read_json, write_json
 from sdedit import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from sdedit.apps.strokes import simulate_strokes
-from sdedit.commands.options import SUITED
+from sdedit.commands.settings import SUITED
 from train_vae import pools, psnr
 
 BRUSH = 23  # side of the median filter, as in the paper

@@ -20,7 +20,7 @@ from data import load
 from evaluate import Draws, drawn, load_pipe
 from features import judge, share_right
 from paths import EXPORT
-from sdedit.commands.options import SUITED
+from sdedit.commands.settings import SUITED
 from sdedit.schedulers.names import make_scheduler
 
 CANDIDATES = (  # sampler, steps, do all of them run (exact_steps), guidance

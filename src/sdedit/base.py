@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdedit.adapters.ip_adapter import IPAdapterLoader
 from sdedit.adapters.lora import LoraLoader
 from sdedit.adapters.textual_inversion import TextualInversionLoader
+from sdedit.compat.idioms import Idioms, loading_arguments, placement
 from sdedit.config import later
-from sdedit.inputs.image_prompts import ImagePrompts
-from sdedit.inputs.text_prompts import TextPrompts
-from sdedit.loading.folders import COMPONENTS
+from sdedit.denoising import Calls
+from sdedit.inputs import checks
+from sdedit.inputs.image_prompts import encode_images, for_adapters
+from sdedit.inputs.text_prompts import Reader, negative_embeds
+from sdedit.loading.folders import COMPONENTS, class_name
 from sdedit.loading.pretrained import load_components, save_components
-from sdedit.models.adapters import set_aside
+from sdedit.models.adapters import set_aside, warn_of_unfused
+from sdedit.models.ip_adapter import projections
 from sdedit.models.offload import execution_device, refuse
 from sdedit.options import Options
 
@@ -29,30 +33,31 @@ if TYPE_CHECKING:
     from sdedit.apps.sweep import Sweep
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts, ImagePrompts, Options):
+class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options, Idioms):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
     text_encoder: Any
     tokenizer: Any
     unet: Any
-    scheduler: Any
     safety_checker: Any
     feature_extractor: Any
     image_encoder: Any
     load_report: Any = None
+    _vae_scale_factor: int | None = None  # a subclass's own
+    _registered: Sequence[str] = ()  # names of a subclass's own parts
 
-    def __init__(self, *, requires_safety_checker: bool, **components: Any) -> None:
+    def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
+        self._calls = Calls()
         for name in COMPONENTS:
-            setattr(self, name, components[name])
+            setattr(self, name, components.get(name))
         self.requires_safety_checker = requires_safety_checker
         self._progress_bar_config: dict[str, Any] = {}
-        self._interrupt = False
 
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name: `StableDiffusionImg2ImgPipeline(**pipe.components)` shares them."""
-        return {name: getattr(self, name) for name in COMPONENTS}
+        return {name: getattr(self, name) for name in dict.fromkeys([*COMPONENTS, *self._registered])}
 
     @property
     def device(self) -> torch.device:
@@ -65,11 +70,12 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         return self.unet.dtype  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast all networks, as `torch.nn.Module.to` does.
+        """Move and cast all networks, as `torch.nn.Module.to` does; `torch_dtype` is another name of `dtype`.
 
         Raises:
             ValueError: A device is given, and the networks are offloaded.
         """
+        args, kwargs = placement(args, kwargs)
         devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (str, int, torch.device, torch.Tensor))]
         if self._offload is not None and devices:
             raise ValueError("to: the networks are offloaded and come to the device by turns; remove_all_hooks() first")
@@ -79,27 +85,158 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         return self
 
     @property
+    def scheduler(self) -> Any:
+        """The scheduler; in a callback the copy of it that is set up for the running call."""
+        here = self._calls.here
+        return self._scheduler if here is None or here.scheduler is None else here.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    @property
+    def guidance_scale(self) -> float | list[float]:
+        """Guidance scale of the call that runs in this thread, or of the last one, or those of its pictures."""
+        return self._calls.seen.guidance.scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Is the UNet called with and without the prompt, in that call?"""
+        return self._calls.seen.guidance.on
+
+    @property
+    def num_timesteps(self) -> int:
+        """UNet calls of that call, for each of its repeats."""
+        return self._calls.seen.num_timesteps
+
+    @property
     def interrupt(self) -> bool:
-        """Was the running call cancelled?"""
-        return self._interrupt
+        """Was that call cancelled?"""
+        return self._calls.seen.interrupt
 
     def cancel(self) -> None:
-        """Stop the running call after its current step, from a callback or another thread, and decode what there is."""
-        self._interrupt = True
+        """Stop after the current step and decode what there is: in a callback its call, elsewhere all that run."""
+        self._calls.interrupt()
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of an image for one of its latents, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self._vae_scale_factor or int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @vae_scale_factor.setter
+    def vae_scale_factor(self, factor: int) -> None:
+        self._vae_scale_factor = factor
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments of tqdm for the progress bar, such as `disable=True`."""
         self._progress_bar_config = kwargs
 
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Any]:
-        with tqdm(total=total, **self._progress_bar_config) as bar:
-            yield bar
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A progress bar over things, or of so many steps, as `set_progress_bar_config` says."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        prompt_weighting: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode prompts, or pass on embeds that were made before.
+
+        Args:
+            prompt, negative_prompt: Strings, or lists of them; a single negative prompt serves all prompts.
+            num_images_per_prompt: Each is repeated that often.
+            do_classifier_free_guidance: Without it there are no negative embeds.
+            lora_scale: Strength of the text encoder's adapters.
+            clip_skip: Leave out that many of the last layers (of the prompt; the negative one is read in full).
+            prompt_weighting: Read weights and prompts of any length, see `sdedit.inputs.weighting`.
+
+        Returns:
+            Prompt embeds and negative prompt embeds, (B·num_images_per_prompt, M, C) each.
+        """
+        checks.either("prompt", prompt, "prompt_embeds", prompt_embeds)
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            checks.either("negative_prompt", negative_prompt, "negative_prompt_embeds", negative_prompt_embeds)
+        if clip_skip is not None:
+            checks.whole_number("clip_skip", clip_skip, 0)
+        texts = [] if prompt is None else checks.prompts("prompt", prompt)
+        negative = checks.prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        reader = Reader(self.tokenizer, self.text_encoder, lora_scale, prompt_weighting)
+        place, dtype = device or self.device, self.unet.dtype
+
+        if prompt_embeds is None:
+            # Prompt and negative prompt must have the same length; weighted ones may have any.
+            prompt_embeds = reader.read(texts, clip_skip, reader.length([*texts, *negative]))
+        embeds = checks.embeds("prompt_embeds", prompt_embeds, self.unet.config.cross_attention_dim).to(place, dtype)
+        repeated = embeds.repeat_interleave(num_images_per_prompt, 0)
+        if not do_classifier_free_guidance:
+            return repeated, None
+        others = negative_embeds(reader, negative, negative_prompt_embeds, like=embeds)
+        return repeated, others.to(place, dtype).repeat_interleave(num_images_per_prompt, 0)
+
+    @torch.no_grad()
+    def encode_image(
+        self,
+        image: Any,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Show images to the image encoder.
+
+        Args:
+            image: An image or a list, as the pipeline takes them; or a tensor (N, 3, H, W) that is prepared for CLIP.
+            device: Where the result shall be.
+            num_images_per_prompt: Each is repeated that often.
+            output_hidden_states: Give the hidden states before the last layer (N, M, C), as Plus adapters need them,
+                instead of the embeds (N, C).
+
+        Returns:
+            Those of the images, and those that stand for no image.
+        """
+        found = encode_images(self.image_encoder, self.feature_extractor, image, bool(output_hidden_states))
+        found = found.to(device or execution_device(self.image_encoder))
+        positive, negative = found.repeat_interleave(num_images_per_prompt, dim=1)
+        return positive, negative
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: list[Tensor] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[Tensor]:
+        """Encode images for the UNet, or check and repeat embeds that were made before by this function.
+
+        Args:
+            ip_adapter_image: One for each adapter, or for each a list; one image for one adapter.
+            ip_adapter_image_embeds: Instead of images, for each adapter (B, images, C) or, for Plus, (B, images, M, C);
+                with guidance the negative ones come first, in twice as many rows.
+            device: Where the result shall be.
+            num_images_per_prompt: The rows are repeated that often.
+            do_classifier_free_guidance: Put negative embeds before the others.
+
+        Returns:
+            A tensor for each adapter, as the UNet takes them in `added_cond_kwargs={"image_embeds": …}`.
+        """
+
+        def encode(image: Any, hidden_states: bool) -> tuple[Tensor, Tensor]:
+            return self.encode_image(image, device, 1, hidden_states)
+
+        layers, guided = projections(self.unet), do_classifier_free_guidance
+        prepared = for_adapters(ip_adapter_image, ip_adapter_image_embeds, layers, guided, encode)
+        repeats = [(num_images_per_prompt, *[1] * (one.ndim - 1)) for one in prepared]
+        halves = [one.chunk(2 if guided else 1) for one in prepared]
+        place = device or execution_device(self.unet)
+        return [torch.cat([h.repeat(r) for h in both]).to(place) for both, r in zip(halves, repeats, strict=True)]
 
     def sweep(
         self,
@@ -147,21 +284,18 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
             variant: Such as `"fp16"`; components that have no such file use their ordinary one.
             use_safetensors: `True` never reads pickles, `False` reads only them.
             **components_and_hub: A component by its name, or `None` to leave it out (`safety_checker=None`), and
-                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub.
+                `revision`, `cache_dir`, `local_files_only`, `token`, `force_download` for the hub; `dtype` for
+                `torch_dtype`; `device_map`, one device or "auto".
 
         Raises:
             FileNotFoundError: The model, or a file of it, is missing.
             ValueError: A file is damaged or does not fit, or the folder holds another kind of model.
         """
-        return cls(
-            **load_components(
-                pretrained_model_name_or_path,
-                torch_dtype=torch_dtype,
-                variant=variant,
-                use_safetensors=use_safetensors,
-                **components_and_hub,
-            )
-        )
+        given = dict(torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors, **components_and_hub)
+        known, own, device = loading_arguments(cls, given)
+        pipe = cls._made_of(load_components(pretrained_model_name_or_path, **known) | own)
+        pipe._name_or_path = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        return pipe if device is None else pipe.to(device)
 
     @classmethod
     def from_single_file(
@@ -199,20 +333,20 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         """
         from sdedit.loading.single_file import load_single_file
 
+        known, own, device = loading_arguments(cls, {"torch_dtype": torch_dtype, **components_and_hub})
         parts = load_single_file(
             pretrained_model_link_or_path,
-            torch_dtype=torch_dtype,
             config=config,
             original_config=original_config,
             prediction_type=prediction_type,
             image_size=image_size,
             extract_ema=extract_ema,
-            **components_and_hub,
+            **known,
         )
         report = parts.pop("load_report")
-        pipe = cls(**parts)
-        pipe.load_report = report
-        return pipe
+        pipe = cls._made_of(parts | own)
+        pipe.load_report, pipe._name_or_path = report, str(pretrained_model_link_or_path)
+        return pipe if device is None else pipe.to(device)
 
     def save_single_file(self, path: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None) -> None:
         """Write UNet, VAE and text encoder to one `.safetensors` file that other programs read, too."""
@@ -221,18 +355,24 @@ class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, TextPrompts,
         save_single_file(self, path, torch_dtype=torch_dtype)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, safe_serialization: bool = True, variant: str | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Write all components to a folder that `from_pretrained`, and other tools, read back.
 
-        Adapters are left out, unless they are fused.
+        Adapters are left out, with a warning, unless they are fused. Each network is one file: `max_shard_size` is not
+        used. A process that is killed leaves the model of before, this one, or a folder that does not load.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickles; expected True (safetensors)")
         refuse("save_pretrained", self.unet)
+        warn_of_unfused(self.unet, self.text_encoder)
         with set_aside(self.unet, self.text_encoder):
             save_components(self.components, self.requires_safety_checker, save_directory, variant)
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{k}={type(v).__name__}" for k, v in self.components.items() if v is not None)
+        parts = ", ".join(f"{k}={class_name(v)}" for k, v in self.components.items() if v is not None)
         return f"{type(self).__name__}({parts})"

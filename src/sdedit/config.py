@@ -72,11 +72,16 @@ class Configurable:
                 bound.apply_defaults()
                 values = {k: v for k, v in list(bound.arguments.items())[1:] if k != "kwargs"}
                 defaults = sorted(k for k in values if k not in given)
+                self._check_values(values)
                 head = {"_class_name": type(self).__name__}
                 object.__setattr__(self, "config", Config({**head, **values, "_use_default_values": defaults}))
             original(self, *args, **kwargs)
 
         cls.__init__ = init  # type: ignore[method-assign]
+
+    @classmethod
+    def _check_values(cls, values: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` that names an argument, before anything is made of them."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str], **overrides: Any) -> Self:

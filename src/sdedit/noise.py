@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,46 +34,68 @@ def randn(
     generators = [generator] * count if generator is None or isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != count:
         raise ValueError(f"generator: {len(generators)} generators for {count} images; expected one, or one an image")
-    drawn = [
-        torch.randn((1, *shape[1:]), generator=g, device="cpu" if g is None else g.device).to(device, dtype)
-        for g in generators
-    ]
+    drawn = [_one_drawn((1, *shape[1:]), g).to(device, dtype) for g in generators]
     return drawn[0] if count == 1 else torch.cat(drawn)
 
 
+def _one_drawn(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    # In float32, whatever PyTorch's default is: in float64 a seed gives other numbers.
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU that begins at a seed, from 0 to 2⁶⁴ - 1, also one of NumPy's integers.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed!r:.80}; expected a whole number from 0 to {2**64 - 1}")
+    return torch.Generator().manual_seed(int(seed))
+
+
 def retry_in_float32(
-    stage: str, module: Any, run: Callable[[torch.dtype], Tensor], generator: Generator = None
+    stage: str, network: Any, run: Callable[[Any, Generator], Tensor], generator: Generator = None
 ) -> Tensor:
     """Run a stage; if half precision gave NaN or infinity, once more in float32, from the same noise.
 
-    Its result alone is looked at, once, so that nothing waits for the device inside the stage.
+    Its result alone is looked at, once, so that nothing waits for the device inside the stage. Others may use the
+    network and the generators meanwhile: the second run has a copy of each.
 
     Args:
         stage: Its name, for messages.
-        module: The network that it uses; float32 during the second run and as before after it.
-        run: The stage, given the dtype to compute in.
+        network: What it uses; not changed.
+        run: The stage, given the network, in whose dtype it computes, and what it draws from.
         generator: What the stage draws from.
 
     Raises:
         RuntimeError: float32 gives NaN or infinity too.
     """
-    dtype: torch.dtype = module.dtype
+    dtype: torch.dtype = network.dtype
     if dtype != torch.float32:
-        one = torch.default_generator if generator is None else generator
-        before = [(g, g.get_state()) for g in (one if isinstance(one, Sequence) else [one])]
-        result = run(dtype)
+        again = _copied(generator)
+        result = run(network, generator)
         if torch.isfinite(result).all():
             return result
         name = str(dtype).removeprefix("torch.")
         warnings.warn(f"{stage}: NaN or infinity in {name}; this stage runs again in float32", stacklevel=4)
-        for g, state in before:
-            g.set_state(state)
-        module.float()
-    try:
-        result = run(torch.float32)
-    finally:
-        if dtype != torch.float32:
-            module.to(dtype)
+        network, generator = copy.deepcopy(network).float(), again
+    result = run(network, generator)
     if not torch.isfinite(result).all():
         raise RuntimeError(f"{stage}: NaN or infinity in float32: the weights or the prompt embeds are damaged")
     return result
+
+
+def _copied(generator: Generator) -> Generator:
+    """Generators that draw what these are about to draw; a copy of PyTorch's own if there is none."""
+    if not isinstance(generator, Sequence):
+        return _one_copied(torch.default_generator if generator is None else generator)
+    copies = {id(one): _one_copied(one) for one in generator}  # one that serves several pictures still does
+    return [copies[id(one)] for one in generator]
+
+
+def _one_copied(generator: torch.Generator) -> torch.Generator:
+    copied = torch.Generator(generator.device)
+    copied.set_state(generator.get_state())
+    return copied

@@ -28,10 +28,8 @@ class Options:
     unet: Any
     vae: Any
     components: Any  # the pipeline's property
-    do_classifier_free_guidance: Any  # likewise
     _offload: Turns | Layers | None = None
-    _guidance_scale: Any
-    _guided = 1.0
+    _guided = 1.0  # share of the steps that are guided
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the networks in the CPU's memory; the one that computes comes to the device, whole, and goes again.
@@ -107,9 +105,9 @@ class Options:
         """Encode and decode them all at once again."""
         self.vae.disable_slicing()
 
-    def enable_vae_tiling(self, max_bytes: int | None = None) -> None:
-        """Encode and decode large pictures in strips, without seams: see `VaeOptions.enable_tiling`."""
-        self.vae.enable_tiling(max_bytes=max_bytes)
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large pictures in tiles, without seams: see `VaeOptions.enable_tiling`."""
+        self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode them whole again."""
@@ -179,12 +177,6 @@ class Options:
         if not hasattr(self.unet, "merge_tokens"):
             raise ValueError(f"{asked}: unet is {type(self.unet).__name__}; expected sdedit's UNet2DConditionModel")
         return self.unet
-
-    def _end_guidance(self, done: float, tensors: dict[str, Any]) -> None:
-        """Go on by the prompt alone, if that much of the run is as much as is guided."""
-        if done >= self._guided and self.do_classifier_free_guidance:
-            self._guidance_scale = 1.0
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
 
     def compile(self, **options: Any) -> None:
         """Compile the repeated blocks of UNet and VAE, each kind and shape when it is first used.

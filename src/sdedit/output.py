@@ -41,7 +41,8 @@ class StableDiffusionPipelineOutput(Output):
             tensor (B, C, H, W); "latent": (B, latent channels, H/f, W/f).
         nsfw_content_detected: One bool an image, or `None` where no safety checker ran.
         original_images: The images before the safety checker made some of them black, if it did.
-        steps: Steps of the solver that ran (in each repeat), one number for all images or one for each.
+        steps: Steps of the solver that ran (in each repeat, or in the one that was cancelled), one number for all
+            images or one for each.
         start_sigmas: Noise level σ/α at which they began, likewise; 0 where no step ran.
     """
 

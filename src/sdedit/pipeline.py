@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdedit import denoising
 from sdedit.base import Pipeline
-from sdedit.inputs import checks, masks, prompts
+from sdedit.config import later
+from sdedit.denoising import Call, Guidance, State, inference
+from sdedit.inputs import checks, masks
 from sdedit.inputs.image_prompts import ImageEmbeds
-from sdedit.inputs.images import ImageInput, Images, pad_to_multiple, read_images, write_images
-from sdedit.inputs.pixels import MAX_PIXELS
-from sdedit.models.offload import inference
-from sdedit.models.unet import one_run
+from sdedit.inputs.images import ImageInput, pad_to_multiple, read_images, write_images
+from sdedit.inputs.opening import MAX_PIXELS
+from sdedit.inputs.pixels import Images
+from sdedit.models.fast.full_speed import one_run
+from sdedit.models.ip_adapter import projections
 from sdedit.noise import Generator, randn, retry_in_float32
 from sdedit.output import StableDiffusionPipelineOutput
 from sdedit.safety import check_safety
-from sdedit.schedulers import runs
+from sdedit.schedulers.runs import Run, Steps, show
+
+AfterStep = Callable[[int, Tensor, State], State] | None
 
 
 class StableDiffusionImg2ImgPipeline(Pipeline):
@@ -40,7 +47,6 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
 
     Attributes:
         max_pixels: Larger input images are refused; `None` for no limit.
-        num_timesteps: UNet calls of the running or last call, for each of its repeats.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -70,8 +76,6 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         )
         checks.components(self.components)
         self.max_pixels: int | None = MAX_PIXELS
-        self.num_timesteps = 0
-        self._guidance_scale: float | list[float] = 0.0
 
     @inference
     def __call__(
@@ -104,6 +108,7 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         mask_image: ImageInput | None = None,
         strength_map: ImageInput | None = None,
         mask_feather: int = 4,
+        **others: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Turn an image into a picture that follows the prompt.
 
@@ -128,8 +133,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             cross_attention_kwargs: `{"scale": s}`, the strength of adapters.
             clip_skip: Leave out that many of the text encoder's last layers.
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; tensors that it
-                returns in a dict replace those of the loop. Pictures with strengths or steps of their own come
-                in the order of falling number of steps, and timestep holds those of the pictures still under way.
+                returns in a dict replace those of the loop. Where pictures have strengths or steps of their own, it
+                gets those that took the step, and timestep has one number for each.
             callback_on_step_end_tensor_inputs: Which tensors it gets.
             exact_steps: Run all of `num_inference_steps`, squeezed into the times below `strength` of the schedule;
                 strength is then continuous (0.834 and 0.843 differ).
@@ -141,6 +146,8 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             strength_map: The strength of each pixel, 0 (black) to 1 (white), likewise; `strength` is the most that any
                 of them gets. Where it is 0, the image stays to the bit.
             mask_feather: Pixels over which the change fades in from the edges of mask and map, inwards; 0: at once.
+            others: `callback(step, timestep, latents)` and `callback_steps`, the older way; anything else is ignored,
+                with a warning.
 
         Returns:
             `StableDiffusionPipelineOutput`, images of exactly the input's size, with its alpha channel if it had one.
@@ -157,71 +164,79 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         repeats = checks.whole_number("repeats", repeats, 1)
         mask_feather = checks.whole_number("mask_feather", mask_feather, 0)
         checks.output_type(output_type)
-        checks.schedule(self.scheduler, timesteps, sigmas)
+        grid = checks.schedule(self.scheduler, timesteps, sigmas)
         checks.adapter_arguments(cross_attention_kwargs)
-        wanted = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        call = self._calls.seen
+        after_step = self._after_step(call, callback_on_step_end, callback_on_step_end_tensor_inputs, others)
         if image is None:
             raise ValueError("image: None; expected the picture to start from")
 
         # 1. Read the image and the prompt.
+        call.clip_skip, call.cross_attention_kwargs = clip_skip, cross_attention_kwargs
+        call.guidance = Guidance(tuple(scales), distilled=self.unet.config.time_cond_proj_dim)
+        guided = call.guidance.on
         images = read_images(image, self.vae.config.latent_channels, self.max_pixels)
         region = masks.read_region(mask_image, strength_map, mask_feather, images, self.vae_scale_factor)
-        self._guidance_scale, self._interrupt = scales[0] if len(scales) == 1 else scales, False
+        weighted: dict[str, Any] = {"prompt_weighting": True} if prompt_weighting else {}  # others' know nothing of it
         embeds, negative_embeds = self.encode_prompt(
             prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            do_classifier_free_guidance=guided,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
             clip_skip=clip_skip,
-            prompt_weighting=prompt_weighting,
+            **weighted,
         )
         settings = {"strength": strengths, "num_inference_steps": counts, "guidance_scale": scales}
         settings |= region.settings(len(images.pixels))
         of_image, of_prompt = checks.batch_plan(len(images.pixels), len(embeds), num_images_per_prompt, settings)
-        region = region.of_pictures(of_image, len(images.pixels))
-        settings["strength"] = region.limited(strengths)
         checks.generators(generator, len(of_image))
-        image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt)
-        embeds = embeds[of_prompt]
-        negative_embeds = None if negative_embeds is None else negative_embeds[of_prompt]
+        region = region.of_pictures(of_image, len(images.pixels))
+        image_embeds = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, of_prompt, guided)
+        texts = embeds[of_prompt], None if negative_embeds is None else negative_embeds[of_prompt]
+
+        run = self._begin(Steps(region.limited(strengths), counts, grid, exact_steps, eta), len(of_image), generator)
+        guidance = call.guidance.of_pictures(len(of_image), run.calls_within(self._guided))
+        call.num_timesteps, call.scheduler = run.calls, run.scheduler
 
         # 2. Encode it: latents of each picture of the batch.
-        latents = self._encode(images, of_image, generator)
+        clean = latents = self._encode(images, of_image, generator)
 
-        # 3. Noise them to the level that strength asks for.
-        grid = {"timesteps": timesteps, "sigmas": sigmas}
-        starts = runs.starts(self.scheduler, len(latents), settings, grid, exact=exact_steps, device=self.device)
-        self.num_timesteps = max(len(start.timesteps) for start in starts)
-        run, clean = runs.make(starts, len(latents), eta, generator), latents
-        for repeat in range(repeats if self.num_timesteps else 0):
+        for repeat in range(repeats if run.calls else 0):
             if repeat:
-                run.restart()
-            noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
-            latents = runs.noised(starts, latents + extra_noise * noise if extra_noise else latents, noise)
+                run.restart(generator)
+            # 3. Noise them to the level that strength asks for.
+            noisy, noise = self._noised(run, latents, generator, extra_noise)
 
             # 4. Denoise; what is to stay is the source, at each level.
-            keep = region.keep(starts, clean, noise)
-            arguments = {"cross_attention_kwargs": cross_attention_kwargs, "return_dict": False}
-            latents = self._denoise(
-                run, latents, keep, embeds, negative_embeds, image_embeds, arguments, (callback_on_step_end, wanted)
-            )
-            if self._interrupt:
+            state = State.begin(noisy, texts, image_embeds, region.keep(run, clean, noise), guidance)
+            latents = self._denoise(call, run, state, generator, after_step)
+            if call.interrupt:
                 break
-        ran: dict[str, Any] = {"steps": [s.steps for s in starts], "start_sigmas": [s.sigma for s in starts]}
-        if output_type == "latent":
-            return StableDiffusionPipelineOutput(latents, **ran) if return_dict else (latents, None)
+        show(self._scheduler, run)
 
         # 5. Decode, and cut off what was padded.
-        pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
-        checked, flags = check_safety(pixels, self.safety_checker, self.feature_extractor)
-        alphas = [images.alphas[i] for i in of_image]
-        written = write_images(checked, output_type, alphas)
-        if not return_dict:
-            return written, flags
-        originals = write_images(pixels, output_type, alphas) if flags and any(flags) else None
-        return StableDiffusionPipelineOutput(written, flags, originals, **ran)
+        pictures: tuple[Any, list[bool] | None, Any] = latents, None, None
+        if output_type != "latent":
+            pixels = region.composed(images.cropped(self._decode(latents)), images, of_image)
+            pictures = self._written(pixels, images, region, of_image, output_type)
+        out = StableDiffusionPipelineOutput(*pictures, steps=run.steps_taken, start_sigmas=run.sigmas)
+        return out if return_dict else (out.images, out.nsfw_content_detected)
+
+    def _image_embeds(self, image: Any, embeds: Any, of_prompt: list[int], guided: bool) -> ImageEmbeds:
+        """The image embeds of each picture of the batch."""
+        if not projections(self.unet):
+            if image is not None or embeds is not None:
+                name = "ip_adapter_image" if image is not None else "ip_adapter_image_embeds"
+                raise ValueError(f"{name} was given, but no IP-Adapter is loaded; expected None")
+            return ImageEmbeds()
+        prepared = self.prepare_ip_adapter_image_embeds(image, embeds, do_classifier_free_guidance=guided)
+        return ImageEmbeds.of_pictures(prepared, of_prompt, guided)
+
+    def _begin(self, steps: Steps, pictures: int, generator: Generator) -> Run:
+        """Where the pictures of the batch begin."""
+        return Run.begin(self._scheduler, pictures, steps, generator, self.device)
 
     def _encode(self, images: Images, of_image: list[int], generator: Generator) -> Tensor:
         """Latents (B, C, h, w) of each picture of the batch, times `scaling_factor`."""
@@ -232,10 +247,9 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
         # With one generator an image is drawn once from the VAE's distribution, whatever the number of its pictures;
         # with a generator for each picture, from each of them.
         each = isinstance(generator, (list, tuple))
-        vae = self.vae
 
-        def run(dtype: torch.dtype) -> Tensor:
-            encoded = vae.encode(pixels.to(self.device, dtype))
+        def run(vae: Any, generator: Generator) -> Tensor:
+            encoded = vae.encode(pixels.to(self.device, vae.dtype))
             if hasattr(encoded, "latents"):
                 return encoded.latents[of_image]  # type: ignore[no-any-return]
             mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -244,117 +258,85 @@ class StableDiffusionImg2ImgPipeline(Pipeline):
             drawn = mean + std * randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
             return drawn if each else drawn[of_image]
 
-        return retry_in_float32("VAE encoder", vae, run, generator).to(dtype) * vae.config.scaling_factor
+        encoded = retry_in_float32("VAE encoder", self.vae, run, generator)
+        return encoded.to(dtype) * self.vae.config.scaling_factor
 
-    def _denoise(
-        self,
-        run: runs.Run,
-        latents: Tensor,
-        keep: masks.Keep,
-        embeds: Tensor,
-        negative_embeds: Tensor | None,
-        image_embeds: ImageEmbeds,
-        unet_arguments: dict[str, Any],
-        callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
-    ) -> Tensor:
-        """Noisy latents to clean ones, one UNet call a step; once more in float32 if half precision overflows."""
-        # Pictures with most steps come first, so that those that still have some are a slice of the batch.
-        order = run.order_of_pictures
-        embeds, negative_embeds = embeds[order], None if negative_embeds is None else negative_embeds[order]
-        # Callbacks know prompt embeds as the UNet's batch: the negative half first.
-        both = embeds if negative_embeds is None else torch.cat([negative_embeds, embeds])
-        tensors: dict[str, Any] = {"latents": latents[order], "image_embeds": image_embeds.reordered(order)}
-        tensors |= {"keep": keep.reordered(order), "prompt_embeds": both, "negative_prompt_embeds": negative_embeds}
-        scale, own = self._guidance_scale, self.unet.dtype
-        scale = [scale[i] for i in order] if isinstance(scale, list) else scale
+    def _noised(
+        self, run: Run, latents: Tensor, generator: Generator, extra_noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) at the level that the run begins with, and the noise."""
+        noise = randn(latents.shape, generator, device=latents.device, dtype=latents.dtype)
+        return run.noised(latents + extra_noise * noise if extra_noise else latents, noise), noise
 
-        def denoise(dtype: torch.dtype) -> Tensor:
-            self._guidance_scale = scale  # it may have been changed on the way
-            if dtype != own:
-                run.restart()
-            cast = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
-            return self._loop(run, cast, unet_arguments, callback)
+    def _denoise(self, call: Call, run: Run, state: State, generator: Generator, after_step: AfterStep) -> Tensor:
+        """Noisy latents to clean ones; once more in float32 if half precision overflows."""
 
-        asked = self._guidance_scale
-        denoised = retry_in_float32("UNet", self.unet, denoise, run.generator)
-        self._guidance_scale = asked  # of the next repeat
-        return denoised[torch.tensor(order).argsort()]
+        def denoise(unet: Any, generator: Generator) -> Tensor:
+            if unet is not self.unet:
+                run.restart(generator)
+            return self._loop(call, unet, run, state.to(unet.dtype), after_step)
 
-    def _loop(
-        self,
-        run: runs.Run,
-        tensors: dict[str, Any],
-        unet_arguments: dict[str, Any],
-        callback: tuple[Callable[..., dict[str, Any]] | None, list[str]],
-    ) -> Tensor:
-        on_step_end, wanted = callback
-        condition = self._guidance_embedding(tensors["latents"])
-        with self._progress(-(-len(run) // run.order)) as bar, one_run(self.unet) as kept:
-            for i in range(len(run)):
-                if self._interrupt:
+        denoised = retry_in_float32("UNet", self.unet, denoise, generator)
+        call.guidance = state.guidance  # of the next repeat
+        return denoised
+
+    def _loop(self, call: Call, unet: Any, run: Run, state: State, after_step: AfterStep) -> Tensor:
+        """One UNet call after the other, with the pictures that have steps to go; the latents of all."""
+        whole, latents, here = run, state.latents, list(range(len(state)))
+        arguments = {"cross_attention_kwargs": call.cross_attention_kwargs}
+        with self.progress_bar(total=max(run.steps)) as bar, one_run(unet) as kept:
+            for i in range(run.calls):
+                if call.interrupt:
                     break
-                # Pictures with steps of their own may have none left; those that have some come first.
-                count, latents = run.active(i), tensors["latents"]
-                sample, t = run.model_input(i, latents[:count])
-                self._end_guidance(i / len(run), tensors)
-                embeds = runs.first(tensors["prompt_embeds"], count, len(latents))
-                guided = self.do_classifier_free_guidance
-                if guided and not getattr(self.unet, "repeats_sample", False):
-                    sample, t = torch.cat([sample] * 2), torch.cat([t] * 2) if t.ndim else t
-                extra = {
-                    "timestep_cond": runs.first(condition, count),
-                    **tensors["image_embeds"].arguments(count, guided),
-                }
-                prediction = self.unet(sample, t, embeds, **extra, **unet_arguments)[0]
-                if guided:
-                    without, with_prompt = prediction.chunk(2)
-                    prediction = without + self._guidance_weight(without) * (with_prompt - without)
-                stepped = run.step(i, prediction, latents[:count])
-                stepped = tensors["keep"].restored(run, i, stepped)
-                tensors["latents"] = stepped if count == len(latents) else torch.cat([stepped, latents[count:]])
-                if on_step_end is not None:
-                    seen = {name: tensors[name] for name in wanted}
-                    tensors.update(checks.callback_result(on_step_end(self, i, t, seen)))
+                if len(going := run.under_way) < len(here):  # the others are done, and leave
+                    latents = put(latents, here, state.latents)
+                    run, state, here = run.take(going), state.take(going), [here[k] for k in going]
+                state, t = denoising.step(unet, run, state, arguments)
+                if after_step is not None:
+                    state = after_step(i, t, state)
                     kept.clear()
-                if (i + 1) % run.order == 0 or i + 1 == len(run):
-                    bar.update()
-        return tensors["latents"]
+                bar.update(max(whole.steps_taken) - bar.n)
+        return put(latents, here, state.latents)
 
-    def _guidance_embedding(self, latents: Tensor) -> Tensor | None:
-        """What a model distilled with guidance is told of it, (B, C)."""
-        dim = self.unet.config.time_cond_proj_dim
-        if dim is None:
-            return None
-        return prompts.guidance_scale_embedding(self._scales(len(latents)), dim).to(latents)
+    def _after_step(self, call: Call, callback: Any, names: list[str] | None, others: dict[str, Any]) -> AfterStep:
+        """What shows a step to the user's callback, and gives the state as that leaves it; `None` without one."""
+        if others:
+            callback, names = later("sdedit.compat.idioms:other_arguments")(others, callback, names)
+        wanted = checks.callback(callback, names, self._callback_tensor_inputs)
 
-    def _guidance_weight(self, like: Tensor) -> float | Tensor:
-        """The guidance scale, or those of the pictures (B, 1, 1, 1); 1 where a picture asks for none."""
-        if not isinstance(self._guidance_scale, list):
-            return self._guidance_scale
-        weights = [max(scale, 1.0) for scale in self._scales(len(like))]
-        return torch.tensor(weights, dtype=like.dtype).to(like.device).view(-1, 1, 1, 1)
+        def after_step(i: int, t: Tensor, state: State) -> State:
+            call.guidance = state.guidance
+            result = checks.callback_result(callback(self, i, t, {name: getattr(state, name) for name in wanted}))
+            changed = {name: result[name] for name in self._callback_tensor_inputs if name in result}
+            return dataclasses.replace(state, guidance=call.guidance, **changed)
 
-    def _scales(self, count: int) -> list[float]:
-        scale = self._guidance_scale
-        return scale[:count] if isinstance(scale, list) else [scale] * count
+        return None if callback is None else after_step
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels (B, 3, H, W) in [0, 1]."""
-        vae = self.vae
 
-        def run(dtype: torch.dtype) -> Tensor:
-            scaled = latents.to(self.device, dtype) / vae.config.scaling_factor
+        def run(vae: Any, _: Generator) -> Tensor:
+            scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
             return vae.decode(scaled, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        return (retry_in_float32("VAE decoder", vae, run) / 2 + 0.5).clamp(0, 1)
+        return (retry_in_float32("VAE decoder", self.vae, run) / 2 + 0.5).clamp(0, 1)
 
-    @property
-    def guidance_scale(self) -> float | list[float]:
-        """Guidance scale of the running or last call, or those of its pictures."""
-        return self._guidance_scale
+    def _check(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Pictures (B, 3, H, W) in [0, 1], with what the safety checker flags made black; and its flags."""
+        return check_safety(pixels, self.safety_checker, self.feature_extractor)
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Is the UNet called with and without the prompt?"""
-        scale = self._guidance_scale
-        return (max(scale) if isinstance(scale, list) else scale) > 1 and self.unet.config.time_cond_proj_dim is None
+    def _written(
+        self, pixels: Tensor, images: Images, region: masks.Region, of_image: list[int], output_type: str
+    ) -> tuple[Any, list[bool] | None, Any]:
+        """Pictures as the user wants them, the safety checker's flags, and, if it flagged any, all as they were."""
+        checked, flags = self._check(pixels)
+        alphas, profiles = [images.alphas[i] for i in of_image], region.profiles(images, of_image)
+        written = write_images(checked, output_type, alphas, profiles)
+        return written, flags, write_images(pixels, output_type, alphas, profiles) if flags and any(flags) else None
+
+
+def put(latents: Tensor, pictures: list[int], new: Tensor) -> Tensor:
+    """Latents (B, C, h, w) with those of some pictures replaced."""
+    if len(pictures) == len(latents):
+        return new
+    return latents.index_copy(0, torch.tensor(pictures, device=latents.device), new.to(latents.dtype))

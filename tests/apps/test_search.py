@@ -23,6 +23,8 @@ BLACK = Image.new("RGB", (16, 16))
 class Known:
     """A pipeline that makes of black, at each strength, a flat grey of a known level; strength 0 is grey too."""
 
+    interrupt = False
+
     def __init__(self, level: Any) -> None:
         self.level, self.batches, self.num_timesteps = level, [], 0
 
@@ -108,6 +110,34 @@ def test_on_real_networks_the_result_is_what_the_call_draws(pipe: Any, measure: 
     rounds = (len(found.drawn.strengths) - 1) // 4
     assert found.unet_calls == 3 * repeats * rounds
     assert found.faithfulness == FAITHFULNESS[measure](found.image, guide)
+
+
+@pytest.mark.parametrize("cancelled_round", [1, 2])
+def test_cancel_ends_the_search_with_the_rounds_before(pipe: Any, cancelled_round: int) -> None:
+    rounds: list[int] = []
+
+    def cancel(pipe: Any, step: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        rounds.extend([step] * (step == 0))
+        if len(rounds) == cancelled_round:
+            pipe.cancel()
+        return {}
+
+    settings = {"candidates": 2, "num_inference_steps": 3, "callback_on_step_end": cancel}
+    found = search(pipe, picture(64, 64), "apple", choose=lambda _shown, _last: 1, **settings)
+    assert len(rounds) == cancelled_round
+    assert found.drawn.strengths == [0, 0.5, 1]
+    taken = [1, 1] if cancelled_round == 1 else [3, 3]
+    assert found.drawn.steps[1:] == taken and found.strength in found.drawn.strengths
+
+
+def test_a_cancelled_sweep_says_how_far_it_came(pipe: Any) -> None:
+    def cancel(pipe: Any, step: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.cancel()
+        return {}
+
+    swept = pipe.sweep(picture(64, 64), "apple", [0.2, 1.0], num_inference_steps=5, callback_on_step_end=cancel)
+    assert swept.steps == [1, 2] and len(swept.images) == 2
 
 
 @pytest.mark.parametrize(

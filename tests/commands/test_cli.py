@@ -67,7 +67,7 @@ def test_embeddings_are_loaded_and_kept_in_the_settings(work: Path, folder: Path
     ran = sdedit(*run, *words, "--negative", "<y>", "--weighting", cwd=work)
     assert ran.returncode == 0, ran.stderr
     assert "embedding '<x>', 2 vectors\nembedding '<y>', 1 vector\n" in ran.stderr
-    assert read_settings(work / "out.png").embeddings == ("words/x, 1.bin", "words/<y>.safetensors")
+    assert read_settings(work / "out.png").embeddings == ["words/x, 1.bin", "words/<y>.safetensors"]
     (work / "elsewhere").mkdir()
     assert sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
     assert sdedit(*run[:4], "plain.png", *run[5:], "--weighting", cwd=work).returncode == 0
@@ -158,24 +158,24 @@ def test_count_gives_each_picture_its_seed(work: Path, folder: Path) -> None:
         (("run", "in.png", "a", "-o", "nowhere/o.png"), "a folder that exists"),
         (("run", "in.png", "a", "-o", "o"), "such as out.png"),
         (("run", "in.png", "a", "-o", "o.png", "--scheduler", "best"), "expected one of ddim"),
-        (
-            ("run", "in.png", "a", "-o", "o.png", "--strength", "2", "--model", "FOLDER"),
-            "expected a number from 0 to 1",
-        ),
-        (("run", "in.png", "a", "-o", "o.png", "--steps", "0", "--model", "FOLDER"), "num_inference_steps=0"),
-        (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "expected at least 1"),
-        (("run", "in.png", "a", "-o", "o.png", "--size", "big", "--model", "FOLDER"), "expected WIDTHxHEIGHT"),
+        (("run", "in.png", "a", "-o", "o.png", "--strength", "2"), "'--strength'"),
+        (("run", "in.png", "a", "-o", "o.png", "--steps", "0"), "'--steps'"),
+        (("run", "in.png", "a", "-o", "o.png", "--count", "0"), "'--count'"),
+        (("run", "in.png", "a", "-o", "o.png", "--size", "big"), "expected WIDTHxHEIGHT"),
         (("run", "in.png", "a", "-o", "o.png", "--dtype", "int8"), "expected auto"),
         (("run", "in.png", "a", "-o", "o.png", "--mask", "none.png"), "none.png"),
         (("run", "in.png", "a", "-o", "o.png", "--strength-map", "broken.png"), "not an image"),
         (("run", "in.png", "a", "-o", "o.png", "--device", "tpu"), "cannot be used here"),
         (("run", "in.png", "a", "-o", "o.png", "--model", "no/such"), "the hub"),
         (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "0.001"), "at most 0"),
+        (("run", "in.png", "a", "-o", "o.png", "--max-megapixels", "nan"), "Invalid value for '--max-megapixels'"),
+        (("run", "in.png", "a", "-o", "o.png", "--max-megapixels=-inf"), "Invalid value for '--max-megapixels'"),
+        (("run", "gone.png", "a", "-o", "o.png", "--max-megapixels", "inf"), "gone.png does not exist"),
         (("again", "in.png"), "carries no settings"),
         (("inspect", "none.safetensors"), "none.safetensors does not exist"),
-        (("inspect", "in.png"), "is damaged"),
+        (("inspect", "in.png"), "is a PNG picture, not a file of weights"),
         (("inspect", "."), "is no model folder"),
-        (("strokes", "in.png", "-o", "o.png", "--kernel", "4"), "kernel=4; expected an odd number"),
+        (("strokes", "in.png", "-o", "o.png", "--kernel", "4"), "--kernel 4; expected an odd number"),
         (("run", "in.png"), "Missing argument"),
     ],
 )
@@ -194,6 +194,56 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_debug_gives_the_traceback(work: Path) -> None:
     ran = sdedit("run", "none.png", "a", "-o", "o.png", "--debug", cwd=work)
     assert ran.returncode != 0 and "Traceback" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("KeyError('tokenizer')", "error: KeyError 'tokenizer' (--debug shows where)"),
+        ("ZeroDivisionError()", "error: ZeroDivisionError  (--debug shows where)"),
+        ("MemoryError()", "error: there is not enough memory"),
+        ("ModuleNotFoundError('No module named jax', name='jax.numpy')", "pip install 'sdedit[flax]'"),
+        ("ModuleNotFoundError('No module named peft', name='peft')", "pip install 'sdedit[lora]'"),
+        (
+            "ImportError(\"it needs x: pip install 'sdedit[y]'\", name='jax')",
+            "error: it needs x: pip install 'sdedit[y]'\n",
+        ),
+    ],
+)
+def test_any_exception_is_one_sentence_and_a_code(error: str, message: str) -> None:
+    code = f"from sdedit.commands import cli\ndef app(): raise {error}\ncli.app = app\ncli.main()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
+    ran = subprocess.run([sys.executable, "-c", code, "--debug"], capture_output=True, text=True, check=False)
+    assert ran.returncode != 0 and "Traceback" in ran.stderr
+
+
+def test_every_package_that_an_extra_brings_is_named(work: Path) -> None:
+    import tomllib
+
+    from sdedit.commands.cli import EXTRAS
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module = {"scikit-image": "skimage"}
+    brought = {
+        module.get(name := package.partition(">")[0], name): extra
+        for extra in ("sde", "lora", "offload", "images", "plot", "flax")
+        for package in project["optional-dependencies"][extra]
+    }
+    assert brought == EXTRAS
+
+
+def test_the_module_and_the_shells_know_the_commands(work: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "sdedit", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("sdedit ")
+    environment = {
+        **os.environ,
+        "_SDEDIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "sdedit run --str",
+        "COMP_CWORD": "2",
+    }
+    ran = subprocess.run([SDEDIT], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["--strength", "--strength-map"]
 
 
 def test_inspect(work: Path, folder: Path) -> None:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from conftest import picture
 from sdedit.commands.cli import app
-from sdedit.commands.metadata import Settings, read_settings
-from sdedit.commands.options import with_weight
+from sdedit.commands.metadata import from_text, read_settings, to_text
+from sdedit.commands.settings import PictureSettings, with_weight
 
 FLAT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
 
@@ -80,5 +80,7 @@ def test_weights(text, want):
 
 
 def test_settings_survive_their_text():
-    settings = Settings("a cat", lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)])
-    assert Settings.from_text(settings.to_text()) == settings
+    settings = PictureSettings(
+        prompt="a cat", steps=9, lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)]
+    )
+    assert from_text(to_text(settings)) == settings

@@ -110,6 +110,20 @@ def test_the_seed_draws_sample_and_noise_as_diffusers_does(flax: Any, call: Call
         call(noise=np.zeros((1, 4, 6, 9)))
 
 
+def test_seeds_of_every_library_are_seeds(call: Callable[..., Any]) -> None:
+    expected = call(key=7).images
+    for seed in (np.int64(7), np.uint8(7), np.array(7)[()]):
+        np.testing.assert_array_equal(call(key=seed).images, expected)
+    drawn = {seed: call(key=seed).images.tobytes() for seed in (0, 7, 2**32, 2**32 + 7, 2**64 - 1)}
+    assert len(set(drawn.values())) == len(drawn)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None, "7", True])
+def test_what_is_no_seed_is_refused(call: Callable[..., Any], seed: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"prng_seed=.*; expected"):
+        call(key=seed)
+
+
 def test_bfloat16(folder: Path, call: Callable[..., Any], image: Image.Image) -> None:
     from sdedit import FlaxStableDiffusionImg2ImgPipeline
 

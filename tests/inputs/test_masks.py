@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from conftest import picture
-from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from sdedit.inputs.images import read_images
 from sdedit.inputs.masks import feathered, read_mask, read_region, resized_mask
 from sdedit.schedulers.names import SCHEDULERS, make_scheduler
@@ -244,13 +244,13 @@ def test_callbacks_see_the_source_where_it_stays_and_can_stop_the_run(pipe: Any,
 def test_half_precision_that_overflows_is_made_good_with_the_mask(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    original = pipe.unet.forward
+    original = UNet2DConditionModel.forward
 
-    def ruined(x: torch.Tensor, *arguments: Any, **more: Any) -> Any:
-        (out,) = original(x, *arguments, **more)
+    def ruined(self: Any, x: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        (out,) = original(self, x, *arguments, **more)
         return (out * float("nan") if x.dtype == torch.bfloat16 else out,)
 
-    monkeypatch.setattr(pipe.unet, "forward", ruined)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", ruined)
     with pytest.warns(UserWarning, match="UNet: NaN or infinity in bfloat16"):
         out = pipe("a", picture(), mask_image=disc((64, 48)), num_inference_steps=3, output_type="pt").images
     stays = read_mask("mask_image", disc((64, 48)), (64, 48))[0] == 0

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from sdedit import AutoencoderKL
 from sdedit.loading.weights import fill
-from sdedit.loading.inspect import describe
+from sdedit.apps.inspect import describe
 
 def refused(load):
     try:

@@ -21,11 +21,11 @@ from safetensors.torch import save
 
 from conftest import picture
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from sdedit.apps.inspect import describe
 from sdedit.commands.metadata import read_settings
 from sdedit.files import read_json
 from sdedit.inputs.pixels import open_image
 from sdedit.loading.folders import weight_files
-from sdedit.loading.inspect import describe
 from sdedit.loading.weights import read_weights
 
 SECONDS = float(os.environ.get("SDEDIT_FUZZ_SECONDS", "6"))

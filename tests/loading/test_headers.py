@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import collections
+import gzip
 import io
 import sys
 import tarfile
 import types
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
-from sdedit.loading.headers import read_header
+from sdedit.loading.headers import differences, read_header
 from sdedit.loading.weights import read_weights
 
 DTYPES = [
@@ -129,3 +134,68 @@ def test_what_else_torch_writes_is_refused_by_name(
     write(tmp_path / "m.ckpt", monkeypatch)
     with pytest.raises(ValueError, match=message):
         read_header(tmp_path / "m.ckpt")
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/unet/config.json", "{}" * 100)
+
+
+def image(kind: str) -> Callable[[Path], None]:
+    return lambda path: Image.new("RGB", (4, 4)).save(path, kind)
+
+
+def numpy_array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+
+
+FOREIGN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
+    "page": (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "an HTML page"),
+    "page with a mark": (b"\xef\xbb\xbf  <HTML lang=en>", "an HTML page"),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an HTML page"),
+    "json": (b'{"error": "Invalid username or password."}', "a JSON file"),
+    "list": (b"\n  [1, 2, 3]", "a JSON file"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file"),
+    "gzip": (gzip.compress(b"x" * 1000), "a gzip archive"),
+    "pdf": (b"%PDF-1.7\n", "a PDF document"),
+    "zip": (zipped, "a zip archive, but not one that torch wrote"),
+    "png": (image("PNG"), "a PNG picture"),
+    "jpeg": (image("JPEG"), "a JPEG picture"),
+    "webp": (image("WEBP"), "a WebP picture"),
+    "numpy": (numpy_array, "a NumPy array"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".bin"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_comes_by_the_name_of_a_model_is_called_what_it_is(tmp_path: Path, name: str, suffix: str) -> None:
+    content, what = FOREIGN[name]
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    expected = "is not a safetensors file" if (name, suffix) == ("zip", ".safetensors") else what
+    with pytest.raises(ValueError, match=expected):
+        read_header(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(0, 600), suffix=st.sampled_from([".ckpt", ".bin", ".pt", ".sft", ""]))
+def test_safetensors_are_known_whatever_their_name_and_length(tmp_path_factory: Any, length: int, suffix: str) -> None:
+    """The first byte of the file is that of the header's length, and so may be the first of any other format."""
+    path = tmp_path_factory.mktemp("h") / f"m{suffix}"
+    save_file({"w": torch.ones(2)}, path, metadata={"said": "x" * length})
+    header = read_header(path)
+    assert header.kind == "safetensors" and header.metadata == {"said": "x" * length}
+    assert torch.equal(read_weights(path)["w"], torch.ones(2))
+
+
+def test_names_are_cut_and_quoted(tmp_path: Path) -> None:
+    save_file({"a" * 5000: torch.ones(1)}, tmp_path / "long.safetensors")
+    torch.save({"a" * 5000: torch.ones(1)}, tmp_path / "long.ckpt")
+    for suffix in ("safetensors", "ckpt"):
+        with pytest.raises(ValueError, match="a name of 5,000 letters") as caught:
+            read_header(tmp_path / f"long.{suffix}")
+        assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    save_file({"\x1b[31mred": torch.ones(1)}, tmp_path / "red.safetensors")
+    found = {name: info.shape for name, info in read_header(tmp_path / "red.safetensors").tensors.items()}
+    assert differences({}, found) == "+ \\x1b[31mred [1] is not expected"

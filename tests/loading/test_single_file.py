@@ -418,7 +418,14 @@ FOREIGN: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "odd": ({IN: (32, 6, 3, 3)}, "its UNet takes 6 channels"),
     "xl": ({"conditioner.embedders.1.model.ln_final.weight": (4,)}, "checkpoint of Stable Diffusion XL"),
     "xl alone": ({f"{UNET}label_emb.0.0.weight": (4, 4), TO_K: (4, 2048)}, "of Stable Diffusion XL"),
-    "refiner": ({"conditioner.embedders.0.model.ln_final.weight": (4,)}, "of the refiner of Stable Diffusion XL"),
+    "refiner": (
+        {
+            f"{UNET}label_emb.0.0.weight": (4, 4),
+            TO_K: (4, 1280),
+            "conditioner.embedders.0.model.ln_final.weight": (4,),
+        },
+        "of the refiner of Stable Diffusion XL",
+    ),
     "unclip": ({f"{UNET}label_emb.0.0.weight": (4, 4), TO_K: (4, 1024)}, "of Stable unCLIP"),
     "sd3": ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (4, 4)}, "of Stable Diffusion 3"),
     "flux": ({f"{UNET}double_blocks.0.img_attn.qkv.weight": (4, 4)}, "of Flux"),
@@ -436,10 +443,28 @@ def test_other_models_are_refused_by_name(name: str, changed: Any, tmp_path: Pat
     save_file(tensors, tmp_path / "alone.safetensors")
     whole = changed(lambda own: own | tensors)
     for path in (
-        (whole,) if name == "xl alone" or IN in shapes or "unclip" in name else (whole, tmp_path / "alone.safetensors")
+        (whole,)
+        if name in ("xl alone", "refiner", "unclip") or IN in shapes
+        else (whole, tmp_path / "alone.safetensors")
     ):
         with pytest.raises(ValueError, match=message):
             StableDiffusionImg2ImgPipeline.from_single_file(path)
+
+
+def test_sd_turbo_has_its_text_encoder_under_another_name(small: Any, changed: Any) -> None:
+    """Its file is of the code that SDXL came with, and it is SD 2.x all the same, made for one to four steps."""
+
+    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+        held = {k.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): t for k, t in tensors.items()}
+        beside = {"conditioner.embedders.0.model.logit_scale": torch.ones(()), "denoiser.sigmas": torch.ones(1000)}
+        return held | beside
+
+    pipe = StableDiffusionImg2ImgPipeline.from_single_file(changed(renamed, "sd2"))
+    assert same(pipe.text_encoder, small["sd2"].text_encoder) and same(pipe.unet, small["sd2"].unet)
+    assert pipe.load_report.family == "Stable Diffusion 2.x" and not pipe.load_report.unknown
+    # As in the published folder of stabilityai/sd-turbo.
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
 
 
 def test_what_is_missing_or_does_not_fit(small: Any, files: dict[str, Path], changed: Any, tmp_path: Path) -> None:

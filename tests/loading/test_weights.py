@@ -15,7 +15,8 @@ from torch import nn
 
 from sdedit.loading import weights as checkpoint
 from sdedit.loading.folders import choose_weights, clip_name, vae_name, weight_files
-from sdedit.loading.weights import fill, read_weights, save_weights
+from sdedit.loading.weights import fill, read_weights, save_network
+from sdedit.models.blank import blank
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -41,7 +42,7 @@ def test_layouts_of_shards_and_variants() -> None:
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "legacy.bin"])
 def test_round_trip(tmp_path: Path, name: str) -> None:
     if name == "w.safetensors":
-        save_weights(WEIGHTS, tmp_path, "w")
+        save_file(WEIGHTS, tmp_path / "w.safetensors")
     else:
         torch.save(WEIGHTS, tmp_path / name, _use_new_zipfile_serialization=name == "w.bin")
     model = linear()
@@ -183,7 +184,7 @@ def test_names_of_older_files() -> None:
 
 def test_saved_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
-    save_weights({"a": torch.zeros(2)}, tmp_path, "weights", None)
+    save_network({"a": torch.zeros(2)}, "{}", tmp_path, "weights")
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
@@ -199,7 +200,7 @@ def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint, "read_weights", spy)
     monkeypatch.setattr(checkpoint, "_PORTION", 3 * 8 * 8 * 4)
-    with checkpoint.blank():
+    with blank():
         model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(8)))
     checkpoint.fill(model, [tmp_path / "w.safetensors"], dtype=torch.bfloat16)
     assert seen == [1, 3, 3, 1]
@@ -207,7 +208,7 @@ def test_tensors_that_are_cast_are_read_a_few_at_a_time(tmp_path: Path, monkeypa
 
 
 def test_blank_networks_have_no_values_and_those_outside_do() -> None:
-    with checkpoint.blank():
+    with blank():
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Embedding(3, 3), torch.nn.GroupNorm(1, 3))
     assert all(p.is_meta for p in model.parameters())
     assert torch.nn.Linear(3, 3).weight.std() > 0

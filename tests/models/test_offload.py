@@ -16,7 +16,7 @@ import lora_by_hand
 from conftest import picture
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.models import vae_options
-from sdedit.models.fast import strips
+from sdedit.models.fast import tiling
 
 HERE = torch.device("cpu", 0)  # as a device other than "cpu", on machines that have no other
 
@@ -86,13 +86,14 @@ def test_layer_by_layer_weights_are_there_only_while_a_layer_computes(own: Any) 
     own.remove_all_hooks()
     assert set(own.unet.state_dict()) == names
     assert not any(p.is_meta for part in networks(own).values() for p in part.parameters())
+    assert not any("forward" in vars(layer) for part in networks(own).values() for layer in part.modules())
     np.testing.assert_array_equal(draw(own), before)
 
 
-def test_layer_by_layer_with_fused_projections_strips_and_float32_in_need(
+def test_layer_by_layer_with_fused_projections_tiles_and_float32_in_need(
     own: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strips, "_STRIP", 1)
+    monkeypatch.setattr(tiling, "_TILE", 1)
     monkeypatch.setattr(vae_options, "_SMALL", 0)
     own.fuse_qkv_projections()
     own.enable_vae_tiling()

@@ -100,12 +100,19 @@ def test_a_row_for_each_sample(name: str, bounds: Options) -> None:
             alone[i], _, _, memories[i] = row_functions.step(
                 row, alone[i], output, memories[i], noise[k, i : i + 1], threshold=scheduler.threshold, xp=torch
             )
-        batch = row_functions.per_sample(chosen, lambda v: torch.tensor(v, dtype=torch.float32))
+        batch = per_sample(chosen, lambda v: torch.tensor(v, dtype=torch.float32))
         output = predict(together * batch.scale, batch.t.flatten())
         together, _, _, memory = row_functions.step(
             batch, together, output, memory, noise[k], threshold=scheduler.threshold, xp=torch
         )
         assert torch.allclose(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def per_sample(rows: Any, as_array: Any) -> Row:
+    """A row for each of B samples as one row of arrays (B, 1, 1, 1), as JAX has them."""
+    *columns, b = row_functions.table(rows)
+    as_arrays = [as_array(v.reshape(-1, 1, 1, 1)) for v in (*columns, *b)]
+    return Row._make([*as_arrays[: len(columns)], tuple(as_arrays[len(columns) :])])
 
 
 def test_solvers_can_share_a_batch() -> None:
@@ -121,7 +128,7 @@ def test_solvers_can_share_a_batch() -> None:
     depth = max(len(rows[0].b) for rows in runs)
     memory, together = row_functions.blank_memory(x, depth), x
     for k in range(count):
-        batch = row_functions.per_sample([rows[k] for rows in runs], torch.from_numpy)
+        batch = per_sample([rows[k] for rows in runs], torch.from_numpy)
         together, _, _, memory = row_functions.step(
             batch, together, model(together * batch.scale, batch.t), memory, none[k], xp=torch
         )

@@ -169,13 +169,22 @@ def test_a_picture_that_runs_no_step_is_the_round_trip(pipe: Any) -> None:
     assert np.abs(out.images[0] - alone.images[0]).max() < 1e-5
 
 
-def test_other_librarys_schedulers_share_one_strength(pipe: Any) -> None:
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("settings", [{"strength": [0.5, 0.9]}, {"guidance_scale": [1.0, 5.0]}], ids=str)
+def test_other_librarys_schedulers_serve_settings_of_each_picture(
+    pipe: Any, name: str, settings: dict[str, Any]
+) -> None:
     import diffusers
 
-    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(dict(pipe.scheduler.config))
-    with pytest.raises(ValueError, match=r"scheduler: .* not one of sdedit's"):
-        pipe("apple", picture(), strength=[0.5, 0.6])
-    assert pipe("apple", picture(), strength=0.5, num_inference_steps=4, exact_steps=True).steps == [4]
+    pipe.scheduler = getattr(diffusers, name).from_config(dict(pipe.scheduler.config))
+    common = {"num_inference_steps": 6, "output_type": "pt"}
+    together = pipe("apple", picture(), generator=[generator(i) for i in range(2)], **settings, **common)
+    for i in range(2):
+        one = {key: value[i] for key, value in settings.items()}
+        alone = pipe("apple", picture(), generator=generator(i), **one, **common)
+        torch.testing.assert_close(together.images[i : i + 1], alone.images, atol=1e-4, rtol=0)
+    assert len(together.steps) == (1 if "guidance_scale" in settings else 2)
+    assert pipe("apple", picture(), strength=0.5, num_inference_steps=4, exact_steps=True).steps[0] >= 4
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
-from sdedit.files import read_json, write_atomically
+from sdedit.files import is_temporary, read_json, write_atomically
+from sdedit.loading.headers import read_header
 from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
 if TYPE_CHECKING:
@@ -69,10 +68,8 @@ def read_adapter(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     state = read(path)
-    metadata: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+    header = read_header(path)
+    metadata = header.metadata if header.kind == "safetensors" else {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)
     return AdapterFile(str(path), state, metadata, read_json(config) if ours else None)
@@ -84,7 +81,7 @@ def _choose(names: list[str], weight_name: str | None, folder: str) -> str:
     for usual in _USUAL:
         if usual in names:
             return usual
-    found = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pt")))
+    found = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pt")) and not is_temporary(n))
     if len(found) == 1:
         return found[0]
     there = ", ".join(found) or "none"

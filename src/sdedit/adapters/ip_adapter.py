@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from sdedit.adapters.nested import is_plain, read_nested
+from sdedit.files import is_temporary
 from sdedit.loading.families import FAMILY_OF_WIDTH
 from sdedit.loading.headers import differences
 from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component
-from sdedit.loading.weights import blank
 from sdedit.models import ip_adapter
+from sdedit.models.blank import blank
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -166,7 +167,8 @@ def _names(source: Any, subfolder: str | None, name: str | None) -> list[str]:
     folder = Path(source, subfolder or "")
     if name is not None or not folder.is_dir():
         return [name] if name else ["ip-adapter_sd15.safetensors", "ip-adapter_sd15.bin"]
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    files = (p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    found = sorted(p.name for p in files if not is_temporary(p.name))
     if len(found) != 1:
         raise ValueError(f"{folder} has {', '.join(found) or 'no adapter'}: say which file with weight_name=")
     return found
@@ -179,6 +181,15 @@ def _encoder_folder(source: Any, subfolder: str | None, encoder: str | None) -> 
     if Path(source).is_file():
         return Path(source).parent, encoder
     return source, encoder if "/" in encoder or not subfolder else f"{subfolder}/{encoder}"
+
+
+def read_ip_adapter(path: Path, unet: Any) -> ip_adapter.IPAdapter:
+    """The adapter in a file, made for a UNet and not put into it.
+
+    Raises:
+        ValueError: It is damaged, of another kind, or for another model.
+    """
+    return _make(_flat(read_nested(path), str(path)), str(path), unet)
 
 
 def _flat(state: Any, where: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from sdedit.adapters.formats import LoadReport, Parsed
 from sdedit.inputs import checks
 from sdedit.loading.weights import read_weights
 from sdedit.models import adapters
-from sdedit.models.attention_options import fused
+from sdedit.models.attention_options import has_fused_projections
 from sdedit.models.factors import Factors
 from sdedit.models.offload import refuse
 
@@ -64,30 +64,22 @@ class LoraLoader:
             ImportError: The package peft is missing.
         """
         adapters.require_peft()
-        if fused(self.unet):
+        if has_fused_projections(self.unet):
             raise ValueError("load_lora_weights: adapters need single projections; call unfuse_qkv_projections() first")
-        have = {name for model in self._lora_models().values() for name in adapters.names(model)}
-        if adapter_name is None:
-            adapter_name = next(f"default_{i}" for i in range(len(have) + 1) if f"default_{i}" not in have)
-        elif not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-            raise ValueError(f"adapter_name={adapter_name!r}; expected a name without dots")
-        elif hasattr(nn.ModuleDict, adapter_name):
-            raise ValueError(f"adapter_name={adapter_name!r} is a word that torch's modules use; choose another")
-        elif adapter_name in have:
-            raise ValueError(
-                f"adapter_name: {adapter_name!r} is loaded already; choose another, or delete_adapters first"
-            )
+        self._new_name(adapter_name)  # before a file is read
         parsed = self._parse(pretrained_model_name_or_path_or_dict, weight_name, subfolder, strict, hub)
         if parsed.report.problem:
             raise ValueError(f"{parsed.report.source} cannot be loaded: {parsed.report.problem}")
         models = self._lora_models()
         made = {name: self._factors(models[name], parsed, name) for name in parsed.changes}
-        with adapters.all_or_nothing(adapter_name, *models.values()):
-            for name, parts in made.items():
-                adapters.attach(models[name], adapter_name, parts)
-            for name in models.keys() - made.keys():
-                adapters.activate(models[name], {})  # the newest alone is active, wherever it is
-            kept_out = self._load_tokens(adapter_name, parsed.tokens)
+        with adapters.changing(self.unet):
+            adapter_name = self._new_name(adapter_name)
+            with adapters.all_or_nothing(adapter_name, *models.values()):
+                for name, parts in made.items():
+                    adapters.attach(models[name], adapter_name, parts)
+                for name in models.keys() - made.keys():
+                    adapters.activate(models[name], {})  # the newest alone is active, wherever it is
+                kept_out = self._load_tokens(adapter_name, parsed.tokens)
         return replace(parsed.report, left_out=(*parsed.report.left_out, *kept_out))
 
     def is_lora_supported(
@@ -102,6 +94,19 @@ class LoraLoader:
             return self._parse(path, weight_name, subfolder, True, hub).report
         except ValueError as error:
             return LoadReport(source=str(path) if isinstance(path, (str, os.PathLike)) else "", problem=str(error))
+
+    def _new_name(self, name: str | None) -> str:
+        """A name for a new adapter: the one that is asked for, if it can be had, or the next free one."""
+        have = {name for model in self._lora_models().values() for name in adapters.names(model)}
+        if name is None:
+            return next(f"default_{i}" for i in range(len(have) + 1) if f"default_{i}" not in have)
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"adapter_name={name!r}; expected a name without dots")
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"adapter_name={name!r} is a word that torch's modules use; choose another")
+        if name in have:
+            raise ValueError(f"adapter_name: {name!r} is loaded already; choose another, or delete_adapters first")
+        return name
 
     def _lora_models(self) -> dict[str, nn.Module]:
         models = {name: model for name in _COMPONENTS if (model := getattr(self, name)) is not None}

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdedit.inputs import checks
-from sdedit.inputs.pixels import pil_to_array
+from sdedit.inputs.colour import from_srgb
+from sdedit.inputs.pixels import rgb
 
 STRENGTH = 0.5  # the paper's 0.35 is on a schedule that is noisier early on
 MARGIN = 8
@@ -103,9 +104,10 @@ def paste(
             "cut-out, a place for each, and one scale or as many"
         )
     sheet = _opaque(background)
-    shape = Image.new("L", sheet.size)
+    shape, profile = Image.new("L", sheet.size), sheet.info.get("icc_profile")
     for i, (one, place, factor) in enumerate(zip(many, places, scales, strict=True)):
         cut = _cut(one, checks.number(f"scale[{i}]", factor, 1e-3, 1e3), f"cutouts[{i}]")
+        cut = from_srgb(cut, profile) if profile else cut
         cut = _matched(cut, sheet) if match_colours else cut
         corner = _corner(place, cut.size, sheet.size, f"at[{i}]")
         sheet.paste(cut, corner, cut)
@@ -116,23 +118,25 @@ def paste(
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, upright, on white."""
-    array = pil_to_array(image)
-    clear = Image.fromarray((array * 255).round().astype(np.uint8)).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    """Any PIL image as RGB, upright, on white, with its colour profile."""
+    seen = rgb(image, keep_profile=True)
+    opaque = Image.new("RGB", seen.size, "white")
+    opaque.paste(seen, mask=seen.getchannel("A") if seen.mode == "RGBA" else None)
+    opaque.info = seen.info
+    return opaque
 
 
 def _cut(image: Image.Image, scale: float, name: str) -> Image.Image:
     """A cut-out at its size, RGBA."""
-    image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema() in ((255, 255), (0, 0)):
+    image = rgb(image)
+    if image.mode == "RGB" or image.getchannel("A").getextrema() in ((255, 255), (0, 0)):
         raise ValueError(
             f"{name}: nothing in it is transparent, or all, so it does not say what was cut out of its rectangle; "
             "expected a PNG or WebP whose background was erased (made clear) in a paint program"
         )
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     # Premultiplied, so that colours of clear pixels do not come in at the edges.
-    return image.convert("RGBA").convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
 
 def _corner(place: Any, size: tuple[int, int], sheet: tuple[int, int], name: str) -> tuple[int, int]:

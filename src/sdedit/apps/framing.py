@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from sdedit.inputs.pixels import on_white, rgb
+
 Array = np.ndarray[Any, Any]
 _APART = 24  # of 255: how far a pixel is from the sheet, in its farthest channel, to count as drawn
 _EVEN = 0.75  # of the border's pixels are near the sheet's colour, or it is no sheet
@@ -36,10 +38,8 @@ def framed(image: Image.Image) -> Image.Image:
     Args:
         image: Of any mode; what is clear counts as white, and where it has alpha, new parts are clear.
     """
-    clear = image.convert("RGBA") if image.has_transparency_data else None
-    opaque = image.convert("RGB")
-    if clear is not None:
-        opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), clear).convert("RGB")
+    seen = rgb(image)
+    opaque, clear = on_white(seen), seen if seen.mode == "RGBA" else None
     sheet = find_sheet(opaque)
     if sheet is None:
         return image

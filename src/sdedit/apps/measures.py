@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from sdedit.inputs.pixels import on_white
+
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 _SIDE = 256
@@ -48,6 +50,5 @@ FAITHFULNESS = {"l2": l2_faithfulness, "ssim": ssim}
 
 
 def _at_256(image: Image.Image) -> Array:
-    clear = image.convert("RGBA")
-    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), clear).convert("RGB")
+    opaque = on_white(image)
     return np.asarray(opaque.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)).astype(np.float64) / 255

@@ -75,6 +75,8 @@ def search(
         generator: Its state is where the noise of each picture begins; it is not moved on.
         **settings: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
 
+    `pipe.cancel()` ends the search: the result is the best of the rounds before.
+
     Raises:
         ValueError: An argument is not as described.
 
@@ -105,7 +107,9 @@ def search(
     def chosen(shown: Sweep, last: float | None) -> tuple[float, list[float]]:
         return _chosen(shown, last, choose)  # type: ignore[arg-type]
 
-    best, drawn = _narrow(draw, chosen if choose else last_faithful, candidates, tolerance)
+    best, drawn = _narrow(
+        draw, chosen if choose else last_faithful, candidates, tolerance, ended=lambda: bool(pipe.interrupt)
+    )
     picture = drawn.images[drawn.strengths.index(best)]
     found = Found(picture, best, score(picture), sum(calls), drawn)
     if choose is None and found.faithfulness < faithful:
@@ -122,8 +126,11 @@ def _narrow(
     judge: Callable[[Sweep, float | None], tuple[float, list[float]]],
     candidates: int,
     tolerance: float,
+    ended: Callable[[], bool],
 ) -> tuple[float, Sweep]:
-    """Draw ever closer candidates until the bracket is no wider than `tolerance`.
+    """Draw ever closer candidates until the bracket is no wider than `tolerance`, or somebody cancels.
+
+    Pictures of a round that was cancelled are half drawn, so they count only where there are no others.
 
     Args:
         judge: Gets the candidates within the bracket and the best strength so far; returns the best and the edges
@@ -132,12 +139,16 @@ def _narrow(
     Returns:
         The best strength, and all that was drawn.
     """
-    best, edges, drawn = None, [0.0, 1.0], Sweep([], [], [], [])
+    best: float | None = None
+    edges, drawn = [0.0, 1.0], Sweep([], [], [], [])
     levels = [i / candidates for i in range(candidates + 1)]
     while True:
-        drawn = drawn.merged(draw(levels))
+        more = draw(levels)
+        if ended() and best is not None:
+            return best, drawn
+        drawn = drawn.merged(more)
         best, edges = judge(drawn.between(edges[0], edges[-1]), best)
-        if edges[-1] - edges[0] <= tolerance + 1e-9:  # rounding must not cost a round
+        if ended() or edges[-1] - edges[0] <= tolerance + 1e-9:  # rounding must not cost a round
             return best, drawn
         levels = _spread(edges, candidates)
 

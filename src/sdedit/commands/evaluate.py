@@ -8,45 +8,46 @@ from typing import Annotated, Any
 
 import typer
 
-from sdedit.commands import options as o
-from sdedit.commands.drawing import ready_pipe, say
-from sdedit.commands.metadata import Settings
-from sdedit.commands.options import numbers
+from sdedit.commands.drawing import Torch, check
+from sdedit.commands.options import Place, command, numbers
+from sdedit.commands.saving import check_output, say, tell
+from sdedit.commands.settings import PictureSettings
+
+_NOT_HERE = (
+    *("image", "prompt", "strength", "negative", "lora", "seed", "backend", "exact_steps", "extra_noise"),
+    *("mask", "feather", "strength_map", "weighting", "embeddings", "size", "max_megapixels"),
+)
 
 
+@command(without=_NOT_HERE)
 def evaluate(
     folder: Annotated[
         Path,
         typer.Argument(help="Real pictures; captions are metadata.jsonl (file_name, text), text files, or file names."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The table, curve.csv; the plot goes beside it.")],
+    settings: PictureSettings,
+    place: Place,
     strengths: Annotated[str, typer.Option(help="Comma-separated, each from 0 to 1.")] = (
         "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
     ),
     guides: Annotated[
         Path | None, typer.Option(help="A guide for each picture, of the same file name; else strokes are simulated.")
     ] = None,
-    colors: Annotated[int, typer.Option(help="Colours of the simulated strokes.")] = 6,
+    colors: Annotated[int, typer.Option(min=1, max=256, help="Colours of the simulated strokes.")] = 6,
     kernel: Annotated[int | None, typer.Option(help="Their breadth in pixels, odd; 23 at 256×256.")] = None,
-    model: o.Model = "default",
-    steps: o.Steps = None,
-    guidance: o.Guidance = None,
-    scheduler: o.Scheduler = None,
-    repeats: o.Repeats = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, same curve.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
-    side: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the model's own.")] = None,
-    dtype: o.DType = "auto",
-    device: o.Device = "auto",
-    debug: o.Debug = False,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same curve.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, max=1000, help="Pictures drawn at once.")] = 8,
+    side: Annotated[
+        int | None, typer.Option(min=8, max=10_000, help="Side of the pictures in pixels; the model's own.")
+    ] = None,
 ) -> None:
     """Measure how real and how faithful pictures become as strength rises; stop it and start it again as you like."""
-    if output.suffix.lower() != ".csv" or not output.absolute().parent.is_dir():
-        raise ValueError(f"-o {output}: expected a table's name, such as curve.csv, in a folder that exists")
+    check_output(output, kinds=(".csv",))
+    check(settings, place)
     levels = numbers("--strengths", strengths)
-    usual = o.suited(model)
-    settings = Settings("", model=model, scheduler=scheduler, dtype=None if dtype == "auto" else dtype)
-    pipe = ready_pipe(settings, device)
+    settings.suit()
+    pipe = Torch(settings, place.device).pipe
     pipe.set_progress_bar_config(disable=True)
     from tqdm.auto import tqdm
 
@@ -66,19 +67,19 @@ def evaluate(
         batch=batch,
         seed=seed,
         progress=progress,
-        num_inference_steps=usual.steps if steps is None else steps,
-        guidance_scale=usual.guidance if guidance is None else guidance,
-        repeats=repeats,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        repeats=settings.repeats,
     )
     write_csv(rows, output)
     for row in rows:
         what = f"strength {row.strength:g}" if row.what == "drawn" else row.what
-        typer.echo(f"{what}: L2 {row.l2:.1f}, kernel distance on wavelet features {row.wavelet_kernel_distance:.4g}")
-    typer.echo(output)
+        tell(f"{what}: L2 {row.l2:.1f}, kernel distance on wavelet features {row.wavelet_kernel_distance:.4g}")
+    tell(output)
     from sdedit.apps.evaluation.plot import plot_curve
 
     try:
-        plot_curve({model: rows}, output.with_suffix(".png"))
-        typer.echo(output.with_suffix(".png"))
+        plot_curve({settings.model: rows}, output.with_suffix(".png"))
+        tell(output.with_suffix(".png"))
     except ModuleNotFoundError as error:
         say(f"warning: {error}")

@@ -23,11 +23,13 @@ MOVED = {
     "sdedit.finetune": "sdedit.apps.finetune",
     "sdedit.framing": "sdedit.apps.framing",
     "sdedit.image_processor": "sdedit.compat.image_processor",
+    "sdedit.loading.inspect": "sdedit.apps.inspect",
     "sdedit.strokes": "sdedit.apps.strokes",
     "sdedit.utils": "sdedit.compat.utils",
 }
 
 _PIPELINE = {"StableDiffusionImg2ImgPipeline": "sdedit.pipeline"}
+_RETRIEVE = dict.fromkeys(("retrieve_latents", "retrieve_timesteps"), "sdedit.compat.idioms")
 _OUTPUT = {"StableDiffusionPipelineOutput": "sdedit.output"}
 _CHECKER = {"StableDiffusionSafetyChecker": "sdedit.models.safety_checker"}
 _FLAX_PIPELINE = {"FlaxStableDiffusionImg2ImgPipeline": "sdedit.flax.pipeline"}
@@ -68,7 +70,7 @@ NAMES: dict[str, Mapping[str, str]] = {
     _SD: _PIPELINE | _OUTPUT | _CHECKER | _FLAX_PIPELINE | _FLAX_OUTPUT | _FLAX_CHECKER,
     f"{_SD}.pipeline_flax_stable_diffusion_img2img": _FLAX_PIPELINE,
     f"{_SD}.pipeline_output": _OUTPUT | _FLAX_OUTPUT,
-    f"{_SD}.pipeline_stable_diffusion_img2img": _PIPELINE,
+    f"{_SD}.pipeline_stable_diffusion_img2img": _PIPELINE | _RETRIEVE,
     f"{_SD}.safety_checker": _CHECKER,
     f"{_SD}.safety_checker_flax": _FLAX_CHECKER,
 }

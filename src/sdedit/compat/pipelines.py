@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sdedit.base import Pipeline
-from sdedit.pipeline import StableDiffusionImg2ImgPipeline
+from sdedit.config import later
 
-P = TypeVar("P", bound=Pipeline)
+if TYPE_CHECKING:
+    from sdedit.base import Pipeline
+    from sdedit.pipeline import StableDiffusionImg2ImgPipeline
+
+P = TypeVar("P", bound="Pipeline")
+_PIPELINE = "sdedit.pipeline:StableDiffusionImg2ImgPipeline"
 
 
 class AutoPipelineForImage2Image:
@@ -22,12 +26,14 @@ class AutoPipelineForImage2Image:
         cls, pretrained_model_or_path: str | os.PathLike[str] | None = None, **options: Any
     ) -> StableDiffusionImg2ImgPipeline:
         """See `StableDiffusionImg2ImgPipeline.from_pretrained`."""
-        return StableDiffusionImg2ImgPipeline.from_pretrained(pretrained_model_or_path, **options)
+        return later(_PIPELINE).from_pretrained(  # type: ignore[no-any-return]
+            pretrained_model_or_path, **options
+        )
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> StableDiffusionImg2ImgPipeline:
         """A pipeline over the networks of another one, sdedit's or diffusers'; see `from_pipe` below."""
-        return from_pipe(StableDiffusionImg2ImgPipeline, pipeline, **components)
+        return from_pipe(later(_PIPELINE), pipeline, **components)
 
 
 def from_pipe(cls: type[P], pipeline: Any, **components: Any) -> P:

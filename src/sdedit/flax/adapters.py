@@ -132,7 +132,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _read_nested(path: Path, stand_ins: Sequence[tuple[type, str]]) -> Any:
     """What a file of textual inversion holds; only pickles need torch."""
-    if path.suffix == ".safetensors":
+    if read_header(path, frozenset(name for _, name in stand_ins)).kind == "safetensors":
         return _read_file(path)
     try:
         from sdedit.adapters.nested import read_nested

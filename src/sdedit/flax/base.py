@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from sdedit.files import read_json, write_atomically
+from sdedit.files import read_json, write_folder
 from sdedit.flax import schedulers
 from sdedit.flax.adapters import FlaxAdapters
 from sdedit.flax.clip import FlaxCLIPTextModel
@@ -133,14 +133,11 @@ class FlaxPipeline(FlaxAdapters):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], params: Params) -> None:
         """Write all components, and their params as msgpack, to a folder that `from_pretrained` reads back."""
-        folder = Path(save_directory)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"save_directory: {folder} is a file; expected a folder")
-        for name, part in self.components.items():
-            if part is not None:
-                part.save_pretrained(folder / name, *([params[name]] if name in _MODELS else []))
-        with write_atomically(folder / "model_index.json") as temporary:
-            temporary.write_text(index_text(type(self).__name__, self.components))
+        with write_folder(save_directory) as folder:
+            for name, part in self.components.items():
+                if part is not None:
+                    part.save_pretrained(folder / name, *([params[name]] if name in _MODELS else []))
+            (folder / "model_index.json").write_text(index_text(type(self).__name__, self.components))
 
     def place(self, params: Params) -> Params:
         """Params on all devices, so that later calls need not copy them there."""

@@ -166,7 +166,7 @@ def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray[An
         ValueError: The file is damaged.
         ImportError: It is a pickle, and torch is not there.
     """
-    if path.suffix == ".safetensors":
+    if read_header(path).kind == "safetensors":
         try:
             with safe_open(path, framework="np") as file:
                 return {name: file.get_tensor(name) for name in names}

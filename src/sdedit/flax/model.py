@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sdedit.config import Config, config_text
-from sdedit.files import read_json, write_atomically
+from sdedit.files import read_json, write_folder
 from sdedit.flax import convert
 from sdedit.loading.folders import explained
 from sdedit.loading.hub import find_folder
+from sdedit.models.kinds import check_values
 
 Params = dict[str, Any]
 
@@ -43,6 +44,7 @@ class FlaxModel(nn.Module):
         if not isinstance(config, Mapping):
             path = Path(config)
             config = read_json(path / cls.config_name if path.is_dir() else path)
+        check_values(config)
         cls._check(config)
         known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
         if wrong := sorted(set(overrides) - known):
@@ -111,11 +113,9 @@ class FlaxModel(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], params: Params) -> None:
         """Write `config.json` and the parameters, as msgpack, to a folder."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(folder / self.config_name) as temporary:
-            temporary.write_text(config_text(self.config, type(self).__name__))
-        convert.save(params, folder / self.weights_name)
+        with write_folder(save_directory) as folder:
+            convert.save(params, folder / self.weights_name)
+            (folder / self.config_name).write_text(config_text(self.config, type(self).__name__))
 
     def to_bf16(self, params: Params) -> Params:
         """Parameters in bfloat16."""

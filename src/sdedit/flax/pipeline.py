@@ -117,8 +117,8 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxPipeline):
             prompt_ids: (B, M), as `prepare_inputs` gives them; one prompt serves all images.
             image: (B, 3, H, W) in [-1, 1], any H and W; one image serves all prompts.
             params: As `from_pretrained` gives them; `place(params)` first, where there are several devices.
-            prng_seed: `jax.random.key(seed)` or `jax.random.PRNGKey(seed)`: the VAE's sample and the noise are both
-                drawn from it, as in diffusers 0.34.
+            prng_seed: `jax.random.key(seed)`, `jax.random.PRNGKey(seed)` or the seed, 0 to 2**64 - 1: the VAE's sample
+                and the noise are both drawn from it, as in diffusers 0.34.
             strength: How far from the image the picture may go, 0 to 1: of `num_inference_steps`, the last
                 `int(num_inference_steps * strength)` run. 0 gives the image through the VAE and back.
             num_inference_steps: Steps of the whole schedule, at least 1.
@@ -229,13 +229,12 @@ def _batch(
         except ValueError as error:
             raise ValueError(f"{name}: shape {list(array.shape)} for a batch of {list(front)}") from error
 
-    key = jax.random.key(prng_seed) if isinstance(prng_seed, int) else prng_seed
     made = {
         "prompt_ids": spread("prompt_ids", ids, 1),
         "neg_prompt_ids": spread("neg_prompt_ids", negative, 1),
         "image": spread("image", pixels.astype(np.float32), 3),
         "guidance": spread("guidance_scale", np.asarray(guidance_scale, np.float32), 0),
-        "key": jnp.asarray(key),
+        "key": _key(prng_seed),
     }
     if noise is not None:
         factor = pipe.vae_scale_factor
@@ -244,6 +243,22 @@ def _batch(
             raise ValueError(f"noise: shape {list(noise.shape)}; expected {list(shape)}")
         made["noise"] = jnp.asarray(noise, jnp.float32)
     return made
+
+
+def _key(prng_seed: Any) -> Any:
+    """The key of a whole number, whatever library's, or of what is a key already.
+
+    JAX itself keeps 32 bits of a seed; those above them are folded in, so that no two seeds are the same.
+    """
+    if isinstance(prng_seed, (bool, float, str)) or prng_seed is None:
+        raise TypeError(f"prng_seed={prng_seed!r}; expected jax.random.key(seed), or a whole number")
+    if not isinstance(prng_seed, (int, np.integer)):
+        return jnp.asarray(prng_seed)
+    seed = int(prng_seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"prng_seed={seed}; expected a whole number from 0 to 2**64 - 1")
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
 def _placed(inputs: dict[str, Any], params: Params, mesh: Any) -> tuple[dict[str, Any], Params]:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ def adapter_arguments(cross_attention_kwargs: Any) -> None:
                 f"cross_attention_kwargs={cross_attention_kwargs!r}; expected a dict such as {{'scale': 0.8}}"
             )
         if wrong := sorted(set(cross_attention_kwargs) - {"scale"}):
-            raise ValueError(f"cross_attention_kwargs has {', '.join(map(repr, wrong))}; expected only 'scale'")
+            names = ", ".join(map(repr, wrong))
+            warnings.warn(f"cross_attention_kwargs has {names}, which nothing reads; expected 'scale'", stacklevel=4)
         if "scale" in cross_attention_kwargs:
             number("cross_attention_kwargs['scale']", cross_attention_kwargs["scale"])
 
@@ -135,13 +137,12 @@ def components(parts: Mapping[str, Any]) -> None:
         raise ValueError(f"unet: takes {takes} channels{kind}; expected {gives}, the channels of the VAE's latents")
 
 
-def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
-    """A grid of one's own: one kind of it, of a kind that the scheduler takes."""
+def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> dict[str, Any]:
+    """A grid of one's own by its name, of a kind that the scheduler takes; or nothing."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("timesteps and sigmas: both were given; expected at most one of the two")
-    for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if value is None:
-            continue
+    given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    for name, value in given.items():
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(
                 f"{name}: {type(scheduler).__name__} takes no {name} of one's own; use num_inference_steps"
@@ -152,6 +153,7 @@ def schedule(scheduler: Any, timesteps: Any, sigmas: Any) -> None:
             raise ValueError(
                 f"{name}={values!r:.80}; expected a list of numbers that fall from the noisiest to the cleanest"
             )
+    return given
 
 
 def each(name: str, value: Any, check: Callable[..., Any], *bounds: float) -> list[Any]:

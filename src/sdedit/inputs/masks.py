@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdedit.inputs.images import Images, pad_to_multiple
-from sdedit.inputs.pixels import Array, pil_to_array, to_unit
+from sdedit.inputs import colour
+from sdedit.inputs.images import pad_to_multiple
+from sdedit.inputs.pixels import Array, Images, pil_to_array, to_unit
 
 if TYPE_CHECKING:
-    from sdedit.schedulers.runs import Run, Start
+    from sdedit.schedulers.runs import Run
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,17 @@ class Region:
             return strengths
         return limits[:1] if len(set(limits)) == 1 else limits
 
-    def keep(self, starts: Sequence[Start], clean: Tensor, noise: Tensor) -> Keep:
-        """What stays of clean latents (B, C, h, w) while runs from `starts`, one or B, go on; see `Keep`."""
+    def keep(self, run: Run, clean: Tensor, noise: Tensor) -> Keep:
+        """What stays of clean latents (B, C, h, w) in a run that is about to begin; see `Keep`."""
         if self.strengths is None:
             return Keep()
-        each = list(starts) * (len(clean) // len(starts))
-        begins = [start.call_of(own) for start, own in zip(each, self.strengths, strict=True)]
-        return Keep(torch.from_numpy(np.stack(begins))[:, None].to(clean.device), clean, noise)
+        return Keep(torch.from_numpy(run.call_of(self.strengths))[:, None].to(clean.device), clean, noise)
 
     def composed(self, pixels: Tensor, images: Images, of_image: Sequence[int]) -> Tensor:
         """Decoded pixels (B, 3, H, W) in [0, 1] where the picture may change, the input's own ones elsewhere.
 
-        What the VAE does to colours is measured on what stays, and undone near it, so that no seam is seen.
+        What the VAE does to colours is measured on what stays, and undone near it, so that no seam is seen. Pictures
+        with a colour profile come out in its space, so that what stays is the same there.
         """
         if self.alpha is None or self.strengths is None or images.latent:
             return pixels
@@ -85,39 +85,60 @@ class Region:
         stays = torch.from_numpy(self.strengths == 0)[:, None].to(device, torch.float32)
         stays = F.interpolate(stays, scale_factor=self.factor)[..., :height, :width]
         corrected = (pixels + spread(source - pixels, stays, self.factor)).clamp(0, 1)
+        colours = images.colours[of_image].to(device)
+        for i, image in enumerate(of_image):
+            if images.profiles[image] is not None:
+                corrected[i] = _in_profile(corrected[i], images.profiles[image])
+                clear = 1 if images.alphas[image] is None else images.alphas[image].to(device)
+                source[i] = colours[i] * clear + (1 - clear)
         blended = torch.lerp(source, corrected, alpha)
-        return torch.where(alpha == 0, images.colours[of_image].to(device), blended)
+        return torch.where(alpha == 0, colours, blended)
+
+    def profiles(self, images: Images, of_image: Sequence[int]) -> list[bytes | None] | None:
+        """The colour profiles that composed pictures are meant by: those of the images, if something of them stays."""
+        return None if self.alpha is None or images.latent else [images.profiles[i] for i in of_image]
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays while the rest is denoised.
+    """What stays while the rest is denoised; nothing, if there is neither mask nor map.
 
     Attributes:
-        begins: (B, 1, h, w), the UNet call of the run from which on a latent is free; perhaps none of them.
+        calls: (B, 1, h, w), UNet calls to go until a latent is free; perhaps more than there are.
         clean: (B, C, h, w), the source's latents.
         noise: (B, C, h, w), which the source is noised with, at every level the same.
     """
 
-    begins: Tensor | None = None
+    calls: Tensor | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
 
-    def reordered(self, order: list[int]) -> Keep:
-        """With the pictures in another order."""
-        return Keep(*(None if t is None else t[order] for t in (self.begins, self.clean, self.noise)))
+    def take(self, pictures: list[int]) -> Keep:
+        """That of some of the pictures, in this order."""
+        return Keep(*(None if t is None else t[pictures] for t in (self.calls, self.clean, self.noise)))
+
+    def join(self, other: Keep, latents: Tensor, others: Tensor) -> Keep:
+        """That of two batches as one, whose latents these are: without a mask everything is free."""
+        if self.calls is None and other.calls is None:
+            return self
+        both = self._for(latents), other._for(others)
+        return Keep(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+
+    def _for(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.calls is None or self.clean is None or self.noise is None:
+            return torch.zeros_like(latents[:, :1], dtype=torch.int64), latents, latents
+        return self.calls, self.clean, self.noise
 
     def to(self, dtype: torch.dtype) -> Keep:
         """In another dtype."""
-        return Keep(self.begins, *(None if t is None else t.to(dtype) for t in (self.clean, self.noise)))
+        return Keep(self.calls, *(None if t is None else t.to(dtype) for t in (self.clean, self.noise)))
 
-    def restored(self, run: Run, i: int, latents: Tensor) -> Tensor:
-        """Latents (count, C, h, w) after the i-th call, with the source at the level just reached where it stays."""
-        if self.begins is None or self.clean is None or self.noise is None:
-            return latents
-        count = len(latents)
-        source = run.noised(i + 1, self.clean[:count], self.noise[:count])
-        return torch.where(self.begins[:count] > i, source, latents)
+    def restored(self, run: Run, latents: Tensor) -> tuple[Tensor, Keep]:
+        """After a call, latents (B, C, h, w) with the source at their level where it stays; and what stays from now."""
+        if self.calls is None or self.clean is None or self.noise is None:
+            return latents, self
+        source = run.noised(self.clean, self.noise)
+        return torch.where(self.calls > 0, source, latents), dataclasses.replace(self, calls=self.calls - 1)
 
 
 def read_region(mask_image: Any, strength_map: Any, feather: int, images: Images, factor: int) -> Region:
@@ -228,6 +249,15 @@ def _channels_last(name: str, value: Tensor | Array) -> Array:
     if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or not array.size:
         raise ValueError(f"{name}: shape {list(shape)}; expected one grey value a pixel, such as (H, W) or (B, H, W)")
     return array
+
+
+def _in_profile(pixels: Tensor, profile: bytes | None) -> Tensor:
+    """(3, H, W) in [0, 1], sRGB, in the numbers of a colour profile; to 8 bits."""
+    if profile is None:
+        return pixels
+    shown = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
+    own = np.array(colour.from_srgb(shown, profile))
+    return torch.from_numpy(own).to(pixels).permute(2, 0, 1) / 255
 
 
 def feathered(mask: Tensor, width: int) -> Tensor:

@@ -46,19 +46,24 @@ def expand(tokenizer: Any, prompt: str) -> str:
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray[Any, Any]:
-    """Token ids (B, length), padded; a prompt that is too long is cut, with a warning that shows what was lost."""
-    prompts = [expand(tokenizer, prompt) for prompt in prompts]
-    ids: np.ndarray[Any, Any] = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-    ).input_ids
-    for prompt, whole in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-        if len(whole) > length:
-            lost = tokenizer.decode(whole[length - 1 : -1])
+    """Token ids (B, length), padded; a prompt that is too long is cut, with a warning that shows what was lost.
+
+    Both are done here: a tokenizer that is asked to pad or to cut is switched to it for all threads that use it.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer: has no padding token; set tokenizer.pad_token, as CLIP's have one")
+    rows = tokenizer([expand(tokenizer, prompt) for prompt in prompts], verbose=False).input_ids
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int64)
+    for row, prompt, filled in zip(rows, prompts, ids, strict=True):
+        if len(row) > length:
+            lost = tokenizer.decode(row[length - 1 : -1])
             warnings.warn(
-                f"prompt: {prompt[:40]!r}… has {len(whole) - 2} tokens, of which the model reads {length - 2}; "
+                f"prompt: {prompt[:40]!r}… has {len(row) - 2} tokens, of which the model reads {length - 2}; "
                 f"this was cut off: {lost!r}",
                 stacklevel=2,
             )
+            row = [*row[: length - 1], row[-1]]  # the mark of the end stays
+        filled[: len(row)] = row
     return ids
 
 

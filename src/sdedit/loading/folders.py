@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdedit.config import FORMAT_VERSION
-from sdedit.files import read_json, refuse_lfs_pointer
+from sdedit.files import read_json, refuse_lfs_pointer, shown
 
 Expected = Mapping[str, Any]  # what a network has, by name
 
@@ -35,6 +35,9 @@ _LIBRARIES = {
     "image_encoder": "transformers",
     "safety_checker": "stable_diffusion",
 }
+
+# Bytes of a file of a tokenizer; CLIP's largest, with every merge on a line of its own, has 3.6 MB.
+_MOST_OF_A_VOCABULARY = 6 << 20
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
@@ -102,6 +105,8 @@ def _layouts(stem: str, suffix: str, variant: str | None) -> tuple[str, str, str
 
 def forget_shards(path: Path, variant: str | None = None) -> None:
     """Remove the index of shards that `path`, weights in one file, has replaced: some readers look for it first."""
+    if path.suffix != ".safetensors":
+        return
     for index in _layouts(path.name.split(".")[0], path.suffix[1:], variant)[1:]:
         path.with_name(index).unlink(missing_ok=True)
 
@@ -153,35 +158,42 @@ def has_variant(folder: Path, variant: str, use_safetensors: bool | None) -> boo
 def listed_components(index: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The components that a model_index.json lists, with the names of their classes; those that are absent left out.
 
+    Keys that begin with `_` are notes, whatever they hold.
+
     Raises:
         ValueError: It is not one of Stable Diffusion 1.x or 2.x.
     """
-    listed = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and name[:1] != "_"}
     for name, entry in listed.items():
         if len(entry) != 2 or not all(part is None or isinstance(part, str) for part in entry):
-            raise ValueError(f"{folder / 'model_index.json'}: {name} is {entry!r}; expected [library, class]")
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {shown(name)} is {shown(entry)}; expected [library, class]"
+            )
     if unknown := sorted(set(listed) - set(COMPONENTS)):
         raise ValueError(
-            f"{folder} holds a {index.get('_class_name')}, with {', '.join(unknown)}; "
+            f"{folder} holds a {shown(str(index.get('_class_name')))}, with {shown(', '.join(unknown))}; "
             f"expected Stable Diffusion 1.x or 2.x, made of {', '.join(COMPONENTS)}"
         )
     return {name: entry[1] for name, entry in listed.items() if entry[1] is not None}
 
 
-def index_text(class_name: str, components: Mapping[str, Any], **more: Any) -> str:
+def class_name(part: Any) -> str:
+    """The name of a component's class in model_index.json; that of what torch.compile has wrapped."""
+    name = type(getattr(part, "_orig_mod", part)).__name__
+    return {"CLIPImageProcessorPil": "CLIPImageProcessor"}.get(name, name)  # the name that every release knows
+
+
+def index_text(pipeline: str, components: Mapping[str, Any], **more: Any) -> str:
     """The text of a model_index.json.
 
     Args:
-        class_name: The pipeline's.
+        pipeline: The name of its class.
         components: By name; `None` where one is absent.
         **more: Other keys.
     """
-    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION, **more}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION, **more}
     for name, part in components.items():
-        class_name = type(part).__name__
-        if class_name == "CLIPImageProcessorPil":
-            class_name = "CLIPImageProcessor"  # the name that every release knows
-        index[name] = [None, None] if part is None else [_LIBRARIES.get(name, "diffusers"), class_name]
+        index[name] = [None, None] if part is None else [_LIBRARIES.get(name, "diffusers"), class_name(part)]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
@@ -191,7 +203,7 @@ def explained(config: Path, cls: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{config} describes no {cls.__name__} that can be made: {error}") from error
+        raise ValueError(f"{config} describes no {cls.__name__} that can be made: {shown(str(error), 300)}") from error
 
 
 def transformers_class(name: str, class_name: str) -> Any:
@@ -210,11 +222,13 @@ def transformers_class(name: str, class_name: str) -> Any:
 
 def load_processor(cls: Any, folder: Path) -> Any:
     """A tokenizer or image processor, by transformers' own reader, whose errors get the folder's name."""
-    for file in sorted(folder.glob("*.json")):
-        read_json(file)
-    for file in sorted(folder.glob("*.txt")):
-        refuse_lfs_pointer(file)
-    there = ", ".join(sorted(p.name for p in folder.iterdir()))
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    for name in names:
+        if name.endswith(".json"):
+            read_json(folder / name, _MOST_OF_A_VOCABULARY)
+        elif name.endswith(".txt"):
+            refuse_lfs_pointer(folder / name)
+    there = ", ".join(names)
     vocabularies = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # without one, transformers makes an empty one
     if "Tokenizer" in cls.__name__ and not any(all((folder / f).is_file() for f in v) for v in vocabularies):
         raise FileNotFoundError(
@@ -232,15 +246,18 @@ def clip_name(name: str, expected: Expected) -> str | None:
 
     `text_model.` and `vision_model.` came before every name until transformers 5.6; `position_ids` was once saved.
     """
-    if name.endswith("position_ids"):
-        return name if name in expected else None
     if name in expected:
         return name
+    # What a whole CLIP has beside the half that is wanted: the other half, and what compares the two.
+    sees = any(one.startswith("vision_model.") or "patch_embedding" in one for one in expected)
+    other = "text_model." if sees else "vision_model."
+    if name.endswith("position_ids") or name.startswith(other):
+        return None
     for prefix in ("text_model.", "vision_model."):
         for candidate in (prefix + name, name.replace(prefix, "", 1)):
             if candidate in expected:
                 return candidate
-    return name
+    return None if name.startswith(("text_projection.", "visual_projection.", "logit_scale")) else name
 
 
 def vae_name(name: str, expected: Expected) -> str | None:

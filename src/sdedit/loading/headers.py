@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sdedit.files import refuse_lfs_pointer
+from sdedit.files import refuse_lfs_pointer, shown
 from sdedit.loading.dtypes import SAFETENSORS, DType
 from sdedit.loading.pickles import MAX_AXES, MAX_TENSORS, StoredTensor, read_pickle
 
@@ -23,6 +24,27 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 # Bytes of the part that describes the tensors; of the largest Stable Diffusion files it is under 1 MB.
 MAX_HEADER = 4 << 20
+
+
+# Bytes of a tensor's name; those of real files have up to about 150.
+_MAX_NAME = 512
+
+# How files begin that are no weights, and yet come by the name of some.
+_FOREIGN = (
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|script|\?xml)", "an HTML page, perhaps of a login or an error"),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", "a JSON file"),
+    (rb"GGUF", "a GGUF file, as llama.cpp reads"),
+    (rb"\x89PNG\r\n\x1a\n", "a PNG picture"),
+    (rb"\xff\xd8\xff", "a JPEG picture"),
+    (rb"RIFF....WEBP", "a WebP picture"),
+    (rb"GIF8", "a GIF picture"),
+    (rb"%PDF", "a PDF document"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"Rar!\x1a", "a RAR archive"),
+    (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
+    (rb"\x93NUMPY", "a NumPy array"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,18 @@ class Header:
     tree: Any = None
     kind: str = "safetensors"
 
+    def nested(self) -> dict[str, TensorInfo]:
+        """`tensors`, or where there are none those of dicts in dicts, their names joined by dots."""
+        found: dict[str, TensorInfo] = dict(self.tensors)
+        todo: list[tuple[str, Any, int]] = [] if found else [("", self.tree, 0)]
+        while todo:
+            name, value, depth = todo.pop()
+            if isinstance(value, StoredTensor):
+                found[name] = TensorInfo(value.shape, value.dtype)
+            elif isinstance(value, dict) and depth < 3:
+                todo += [(f"{name}.{key}" if name else str(key), inner, depth + 1) for key, inner in value.items()]
+        return found
+
 
 def read_header(path: Path, also: frozenset[str] = frozenset()) -> Header:
     """Read and check the names, shapes and dtypes of a safetensors file or a pickle of torch.
@@ -67,24 +101,16 @@ def read_header(path: Path, also: frozenset[str] = frozenset()) -> Header:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    refuse_lfs_pointer(path)
-    with path.open("rb") as file:
-        start = file.read(512)
-    if path.suffix == ".safetensors" or start[8:10] == b'{"':
+    kind = _kind(path)
+    if kind == "safetensors":
         return _read_safetensors(path)
-    if start[257:262] == b"ustar":
-        raise ValueError(f"{path} is a tar file, as torch wrote before 2018: its pickles are not read; convert it")
-    if start[:4] != b"PK\x03\x04" and start[:1] != b"\x80":
-        raise ValueError(
-            f"{path} is damaged, or no file of weights; expected safetensors, or a pickle that torch wrote"
-        )
     try:
-        kind = "zip" if start[:4] == b"PK\x03\x04" else "legacy"
         tree = (_read_zip if kind == "zip" else _read_legacy)(path, also)
         _check_total(path, tree)
+        named = tree["state_dict"] if isinstance(tree, dict) and "state_dict" in tree else tree
+        _check_names(map(str, named if isinstance(named, dict) else ()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {error}: use a .safetensors file instead") from error
-    named = tree["state_dict"] if isinstance(tree, dict) and "state_dict" in tree else tree
     inside = named.items() if isinstance(named, dict) else ()
     beside = tree.items() if isinstance(tree, dict) else ()
     return Header(
@@ -93,6 +119,35 @@ def read_header(path: Path, also: frozenset[str] = frozenset()) -> Header:
         named,
         kind,
     )
+
+
+def _kind(path: Path) -> str:
+    """ "safetensors", "zip" or "legacy", by what is in the file, whatever its name.
+
+    Raises:
+        ValueError: It is something else, which is named; or a pickle by a safetensors file's name, whose readers
+            expect none.
+    """
+    refuse_lfs_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40:
+        return "safetensors"
+    if start[257:262] == b"ustar":
+        raise ValueError(f"{path} is a tar file, as torch wrote before 2018: its pickles are not read; convert it")
+    for mark, what in _FOREIGN:
+        if re.match(mark, start, re.IGNORECASE | re.DOTALL):
+            raise ValueError(f"{path} is {what}, not a file of weights: download it again, or give another file")
+    kind = "zip" if start[:4] == b"PK\x03\x04" else "legacy" if start[:1] == b"\x80" else None
+    if path.suffix != ".safetensors":
+        if kind is None:
+            raise ValueError(
+                f"{path} is damaged, or no file of weights; expected safetensors, or a pickle that torch wrote"
+            )
+        return kind
+    if kind is not None:
+        raise ValueError(f"{path} is not a safetensors file but a zip or pickle, as torch writes: call it .ckpt")
+    return "safetensors"
 
 
 def _read_safetensors(path: Path) -> Header:
@@ -108,9 +163,16 @@ def _read_safetensors(path: Path) -> Header:
         with safe_open(path, framework="np"):  # refuses gaps, overlaps, wrong sizes, and bytes too few or too many
             entries = json.loads(raw, object_pairs_hook=_unique)
         metadata = entries.pop("__metadata__", None) or {}
+        _check_names(entries)
         return Header({name: _tensor_info(name, entry) for name, entry in entries.items()}, metadata)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"has a name of {len(name):,} letters, {shown(name)}; at most {_MAX_NAME} are read")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,9 +184,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor_info(name: str, entry: Mapping[str, Any]) -> TensorInfo:
     if entry["dtype"] not in SAFETENSORS:
-        raise ValueError(f"{name[:80]!r} has the dtype {entry['dtype']!r}, which is not known")
+        raise ValueError(f"{shown(name)} has the dtype {entry['dtype']!r}, which is not known")
     if len(entry["shape"]) > MAX_AXES:
-        raise ValueError(f"{name[:80]!r} has {len(entry['shape'])} axes; at most {MAX_AXES} are read")
+        raise ValueError(f"{shown(name)} has {len(entry['shape'])} axes; at most {MAX_AXES} are read")
     return TensorInfo(tuple(entry["shape"]), SAFETENSORS[entry["dtype"]])
 
 
@@ -135,11 +197,11 @@ def _read_zip(path: Path, also: frozenset[str]) -> Any:
             members = {info.filename: info for info in archive.infolist()}
             if any("/code/" in name for name in members):
                 raise ValueError("is a TorchScript program, not a file of weights")
-            _check_members(archive.infolist(), path.stat().st_size)
             pickled = next((name for name in members if name.endswith("/data.pkl")), "")
             root = pickled.removesuffix("data.pkl")
             if not pickled or not all(name.startswith(root) for name in members):
-                raise ValueError("is a zip, but not one that torch wrote")
+                raise ValueError("is a zip archive, but not one that torch wrote (if it holds a model, unpack it)")
+            _check_members(archive.infolist(), path.stat().st_size)
             tree = read_pickle(io.BytesIO(archive.read(pickled)), also)
     except ValueError:
         raise
@@ -210,7 +272,7 @@ def differences(
         most: How many lines; what is beyond them is counted.
     """
     lines = [f"- {name} {list(expected[name])} is missing" for name in expected if name not in found]
-    lines += [f"+ {name} {list(found[name])} is not expected" for name in found if name not in expected]
+    lines += [f"+ {shown(name)} {list(found[name])} is not expected" for name in found if name not in expected]
     lines += [
         f"! {name} is {list(found[name])} in the file; {list(expected[name])} expected"
         for name in expected

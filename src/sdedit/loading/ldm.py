@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNET_PREFIXES = ("model.diffusion_model.",)
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 CLIP_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
-OPEN_CLIP_PREFIXES = ("cond_stage_model.model.",)
+OPEN_CLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")  # the latter of SD-Turbo
 # The average of the UNet's weights over its training: here the rest of the name has no dots.
 EMA_PREFIX = "model_ema.diffusion_model"
 
@@ -30,6 +30,7 @@ EMA_PREFIX = "model_ema.diffusion_model"
 LEFT_OUT = r"""
     model_ema\. .* | .* position_ids | .* attn_mask | .* logit_scale | .* text_projection (\.weight)? | .* \.loss\. .*
     | loss\. .* | betas | (sqrt_|log_)? (recip(m1)?_|one_minus_)? alphas_cumprod (_prev)? | posterior_ .* | logvar
+    | .* visual_projection (\.weight)? | cond_stage_model\.(transformer\.vision_model|model\.visual)\. .*
     | lvlb_weights | scale_factor | denoiser\. .* | v_pred | ztsnr | embedding_manager\. .*
 """
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sdedit.files import read_json
+from sdedit.files import read_json, write_folder
 from sdedit.loading.folders import (
     COMPONENTS,
     DEFAULT_MODEL,
@@ -27,7 +26,9 @@ from sdedit.loading.folders import (
 )
 from sdedit.loading.hub import find_folder
 from sdedit.loading.tokenizer import SPECIAL_TOKENS, CLIPTokens, content
-from sdedit.loading.weights import blank, fill
+from sdedit.loading.weights import fill
+from sdedit.models.blank import blank
+from sdedit.models.kinds import check_values
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -50,9 +51,10 @@ def load_model(
     torch_dtype: torch.dtype | None = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    read: bool = True,
     **hub: Any,
 ) -> M:
-    """Load one of our networks; see `Model.from_pretrained`."""
+    """Load one of our networks; see `Model.from_pretrained`. `read=False` only checks, by headers, that it would."""
     _check_choices(torch_dtype, use_safetensors)
     root = find_folder(
         path_or_id,
@@ -66,7 +68,7 @@ def load_model(
     files = weights_in(folder, variant, use_safetensors)
     with blank(), explained(folder / cls.config_name, cls):
         model = cls.from_config(config)
-    fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name)
+    fill(model, files, dtype=torch_dtype or torch.float32, rename=vae_name, read=read)
     return model.eval()
 
 
@@ -85,14 +87,20 @@ def _check_choices(torch_dtype: Any, use_safetensors: Any) -> None:
 
 
 def load_transformers_model(
-    cls: Any, folder: Path, torch_dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
+    cls: Any,
+    folder: Path,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+    use_safetensors: bool | None,
+    read: bool = True,
 ) -> Any:
     """Load one of transformers' CLIP models as strictly as our own: names and shapes are compared first."""
-    read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = weights_in(folder, variant, use_safetensors)
     with blank(), explained(folder / "config.json", cls):
+        check_values(config)
         model = cls(cls.config_class.from_pretrained(folder))
-    fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name)
+    fill(model, files, dtype=torch_dtype or torch.float32, rename=clip_name, read=read)
     return model.eval()
 
 
@@ -104,8 +112,12 @@ def load_component(
     torch_dtype: torch.dtype | None = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    read: bool = True,
 ) -> Any:
     """Make the component `name`, of the class that model_index.json says, from its folder.
+
+    Args:
+        read: `False` leaves networks without values, and only checks that they have all.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -126,25 +138,32 @@ def load_component(
     if class_name in _MODELS:
         cls = model_class(class_name)
         if name in ("unet", "vae"):
-            return load_model(cls, folder, torch_dtype=torch_dtype, variant=variant, use_safetensors=use_safetensors)
+            chosen: dict[str, Any] = {
+                "torch_dtype": torch_dtype,
+                "variant": variant,
+                "use_safetensors": use_safetensors,
+            }
+            return load_model(cls, folder, **chosen, read=read)
     else:
         cls = transformers_class(name, class_name)
     if name in ("tokenizer", "feature_extractor"):
         return load_processor(cls, folder)
-    return load_transformers_model(cls, folder, torch_dtype, variant, use_safetensors)
+    return load_transformers_model(cls, folder, torch_dtype, variant, use_safetensors, read)
 
 
 def load_components(
     path_or_id: str | os.PathLike[str] | None,
     *,
-    torch_dtype: torch.dtype | None,
-    variant: str | None,
-    use_safetensors: bool | None,
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    read: bool = True,
     **given: Any,
 ) -> dict[str, Any]:
     """The constructor's arguments for a pipeline; see `StableDiffusionImg2ImgPipeline.from_pretrained`.
 
     Args:
+        read: `False` leaves networks without values, and only checks that a load would find all it needs.
         given: Components that are not to be loaded, and arguments for the hub.
     """
     parts = {name: given.pop(name) for name in (*COMPONENTS, "requires_safety_checker") if name in given}
@@ -167,6 +186,7 @@ def load_components(
             torch_dtype=torch_dtype,
             variant=here,
             use_safetensors=use_safetensors,
+            read=read,
         )
     if missing := [name for name in ("vae", "unet", "scheduler") if parts.get(name) is None]:
         raise ValueError(f"{folder / 'model_index.json'} lists no {' and no '.join(missing)}: pass {missing[0]}=…")
@@ -224,24 +244,11 @@ def _is_plain(index: Path, words: Path, network: Path) -> bool:
 def save_components(
     components: dict[str, Any], requires_safety_checker: bool, folder: str | os.PathLike[str], variant: str | None
 ) -> None:
-    """Write a model folder: complete in a temporary place first, then moved file by file, model_index.json last."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_directory: {folder} is a file; expected a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    """Write a model folder, over the one that is there, see `write_folder`."""
+    with write_folder(folder, lambda path: forget_shards(path, variant)) as complete:
         for name, part in components.items():
             if part is not None:
                 weights = {"variant": variant} if variant and isinstance(part, torch.nn.Module) else {}
-                part.save_pretrained(Path(temporary) / name, **weights)
-        index = index_text(
-            "StableDiffusionImg2ImgPipeline", components, requires_safety_checker=requires_safety_checker
-        )
-        (Path(temporary) / "model_index.json").write_text(index)
-        files = sorted(p for p in Path(temporary).rglob("*") if p.is_file())
-        for file in sorted(files, key=lambda p: p.name == "model_index.json"):
-            target = folder / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
-            if target.suffix == ".safetensors":
-                forget_shards(target, variant)
+                part.save_pretrained(complete / name, **weights)
+        more = {"requires_safety_checker": requires_safety_checker}
+        (complete / "model_index.json").write_text(index_text("StableDiffusionImg2ImgPipeline", components, **more))

@@ -21,7 +21,8 @@ from sdedit.loading.hub import find_file, find_folder
 from sdedit.loading.pretrained import load_component, model_class
 from sdedit.loading.tokenizer import SIZE, clip_tokenizer
 from sdedit.loading.training_config import Training, find_training
-from sdedit.loading.weights import blank, compare, put, read_weights
+from sdedit.loading.weights import compare, put, read_weights
+from sdedit.models.blank import blank
 
 if TYPE_CHECKING:
     from sdedit.models.model import Model
@@ -173,13 +174,15 @@ class SingleFile:
         bias = read_weights(self.path, [telling], self.header)[telling].float()
         return "v_prediction" if bias.std() > 0.09 else "epsilon"
 
-    def fill(self, networks: Mapping[str, Network], torch_dtype: torch.dtype | None) -> SingleFileReport:
-        """Read the weights of networks that were found to fit, and put them in."""
+    def fill(
+        self, networks: Mapping[str, Network], torch_dtype: torch.dtype | None, read: bool = True
+    ) -> SingleFileReport:
+        """Read the weights of networks that were found to fit, and put them in; `read=False` only reports."""
         names = {network.stored[part.name] for network in networks.values() for part in network.parts.values()}
-        tensors = read_weights(self.path, names, self.header)
-        for one in networks.values():
-            read = {ours: part.read(tensors[one.stored[part.name]]) for ours, part in one.parts.items()}
-            put(one.model, read, torch_dtype or torch.float32)
+        tensors = read_weights(self.path, names, self.header) if read else {}
+        for one in networks.values() if read else ():
+            values = {ours: part.read(tensors[one.stored[part.name]]) for ours, part in one.parts.items()}
+            put(one.model, values, torch_dtype or torch.float32)
             one.model.eval()
         unknown = tuple(self.sections.others)
         return SingleFileReport(
@@ -233,9 +236,10 @@ def load_network(
     original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     image_size: int | None = None,
     extract_ema: bool = False,
+    read: bool = True,
     **hub: Any,
 ) -> M:
-    """Load a UNet or VAE; see `Model.from_single_file`."""
+    """Load a UNet or VAE; see `Model.from_single_file`. `read=False` only checks, by the header, that it would."""
     name = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}.get(cls.__name__)
     if name is None:
         raise ValueError(f"{cls.__name__} has no single-file layout; use from_pretrained")
@@ -247,24 +251,26 @@ def load_network(
     if recognised.refusal and not (name == "vae" and recognised.family.startswith((SD1, SD2))):
         raise ValueError(f"{path} cannot be loaded: {recognised.refusal}")
     network = file.network(name)
-    file.fill({name: network}, torch_dtype)
+    file.fill({name: network}, torch_dtype, read)
     return network.model  # type: ignore[no-any-return]
 
 
 def load_single_file(
     path_or_url: str | os.PathLike[str],
     *,
-    torch_dtype: torch.dtype | None,
-    config: str | os.PathLike[str] | None,
-    original_config: str | os.PathLike[str] | Mapping[str, Any] | None,
-    prediction_type: str | None,
-    image_size: int | None,
-    extract_ema: bool,
+    torch_dtype: torch.dtype | None = None,
+    config: str | os.PathLike[str] | None = None,
+    original_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    prediction_type: str | None = None,
+    image_size: int | None = None,
+    extract_ema: bool = False,
+    read: bool = True,
     **given: Any,
 ) -> dict[str, Any]:
     """The constructor's arguments for a pipeline, and `load_report`; see `Pipeline.from_single_file`.
 
     Args:
+        read: `False` leaves networks without values, and only checks, by the header, that a load would succeed.
         given: Components that are not to be loaded, and arguments for the hub.
     """
     parts = {name: given.pop(name) for name in COMPONENTS if name in given}
@@ -285,7 +291,7 @@ def load_single_file(
     if file.sections.others:
         first = ", ".join(file.sections.others[:3])
         warnings.warn(f"{path.name}: {len(file.sections.others)} unknown tensors left out ({first}, …)", stacklevel=4)
-    parts["load_report"] = file.fill(networks, torch_dtype)
+    parts["load_report"] = file.fill(networks, torch_dtype, read)
     parts |= {name: network.model for name, network in networks.items()}
     return parts | {"requires_safety_checker": parts.get("safety_checker") is not None}
 
@@ -323,6 +329,10 @@ def _scheduler(file: SingleFile) -> Any:
         settings = read_json(file.config / "scheduler" / "scheduler_config.json")
         return load_component("scheduler", str(settings.get("_class_name")), file.config / "scheduler")
     common = {**_SCHEDULE, "prediction_type": file.prediction_type, **file.training.schedule()}
+    if any(name.startswith("conditioner.") for name in file.header.tensors):  # SD-Turbo, which is made for few steps
+        return schedulers.EulerDiscreteScheduler(
+            timestep_spacing="trailing", **{k: v for k, v in common.items() if k != "set_alpha_to_one"}
+        )
     if file.is_sd2:
         return schedulers.DDIMScheduler(clip_sample=False, **common)
     return schedulers.PNDMScheduler(skip_prk_steps=True, **common)

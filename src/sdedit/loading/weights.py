@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from sdedit.files import write_atomically
+from sdedit.files import shown, write_folder
 from sdedit.loading.folders import Expected, forget_shards
 from sdedit.loading.headers import Header, TensorInfo, differences, read_header
 from sdedit.loading.pickles import StoredTensor
@@ -58,33 +56,15 @@ def _is_plain(name: object, value: object) -> bool:
     return isinstance(name, str) and isinstance(value, (StoredTensor, int, float, str, type(None)))
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Inside this, `torch.nn.init` leaves tensors as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def blank() -> Iterator[None]:
-    """Networks that are made inside this have shapes but no values, for `fill` to give them some.
-
-    Random values for the meta device cost seconds: they make PyTorch import its compiler.
-    """
-    with torch.device("meta"), _NoInitialisation():
-        yield
-
-
 def fill(
     model: nn.Module,
     files: Sequence[Path],
     *,
     dtype: torch.dtype | None,
     rename: Callable[[str, Expected], str | None] = lambda name, expected: name,
+    read: bool = True,
 ) -> None:
-    """Put the tensors of `files` into a network that was built in `blank`.
+    """Put the tensors of `files` into a network that was built in `models.blank.blank`.
 
     Names, shapes and dtypes are compared first, by the files' headers: either all of them fit, or no tensor is read
     and the network is left as it was.
@@ -94,16 +74,19 @@ def fill(
         files: Weights, in one or several files.
         dtype: Dtype of the floating-point parameters; as stored if `None`.
         rename: From a name in a file and what is expected to a name in the network, or `None` to leave it out.
+        read: `False` only compares.
 
     Raises:
         ValueError: A name is missing or unknown, or a shape differs; all of them are listed.
     """
     _, wanted, headers = fits(model, files, rename)
+    if not read:
+        return
     tensors: dict[str, Tensor] = {}
     for file, names in wanted.items():
         for portion in _portions(names, headers[file], dtype):
-            read = read_weights(file, portion, headers[file])
-            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in read.items()}
+            held = read_weights(file, portion, headers[file])
+            tensors |= {names[name]: _cast(tensor, dtype) for name, tensor in held.items()}
     put(model, tensors, dtype)
 
 
@@ -140,12 +123,20 @@ def fits(
     found: dict[str, TensorInfo] = {}
     wanted: dict[Path, dict[str, str]] = {}
     headers = {file: read_header(file) for file in files}
+    left_out: list[str] = []
     for file, header in headers.items():
         for name, info in header.tensors.items():
-            if (ours := rename(name, expected)) is not None:
+            # torch.compile puts this before the names of what it wraps.
+            if (ours := rename(name.replace("_orig_mod.", ""), expected)) is not None:
                 found[ours] = info
                 wanted.setdefault(file, {})[name] = ours
+            elif not name.endswith("position_ids"):
+                left_out.append(name)
     compare(model, found, files)
+    if left_out:
+        first = ", ".join(map(shown, left_out[:3]))
+        where = files[0].parent
+        warnings.warn(f"{where}: {len(left_out)} tensors of a whole CLIP are left out ({first}, …)", stacklevel=6)
     return found, wanted, headers
 
 
@@ -189,13 +180,13 @@ def compare(model: nn.Module, found: Mapping[str, TensorInfo], files: Collection
         raise ValueError(f"{where} does not fit {type(model).__name__} as its config describes it:\n{shown}")
 
 
-def save_weights(
-    state: Mapping[str, Tensor], folder: str | os.PathLike[str], stem: str, variant: str | None = None
-) -> Path:
-    """Write tensors to `folder/stem[.variant].safetensors` and give back its path."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-    with write_atomically(path) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in state.items()}, temporary, metadata={"format": "pt"})
-    forget_shards(path, variant)
-    return path
+def save_network(
+    state: Mapping[str, Tensor], config: str, folder: str | os.PathLike[str], stem: str, variant: str | None = None
+) -> None:
+    """Write tensors to `folder/stem[.variant].safetensors` and the text of `config.json`, see `write_folder`."""
+    with write_folder(folder, lambda path: forget_shards(path, variant)) as complete:
+        held = {name: t.detach().contiguous() for name, t in state.items()}
+        path = complete / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        save_file(held, path, metadata={"format": "pt"})
+        (complete / "config.json").write_text(config)
+        path.chmod((complete / "config.json").stat().st_mode)  # safetensors would leave it to its owner alone

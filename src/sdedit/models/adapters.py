@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from sdedit.models.blank import blank
 from sdedit.models.factors import Factors
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # locks cannot be copied with a network
 
 
 def require_peft() -> Any:
@@ -60,6 +66,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: cast("Tensor", layer.weight) for name, layer in adaptable(model).items()}
 
 
+def changing(model: nn.Module) -> threading.RLock:
+    """To be held while adapters are put into a network: pipelines in several threads may share it."""
+    return _locks.setdefault(model, threading.RLock())
+
+
 def names(model: nn.Module) -> list[str]:
     """Adapters that a network has, in the order in which they came."""
     return list(getattr(model, "peft_config", {}))
@@ -87,7 +98,8 @@ def attach(model: nn.Module, adapter: str, parts: Mapping[str, Factors]) -> None
                 use_dora=dora,
                 init_lora_weights=False,
             )
-            peft.inject_adapter_in_model(config, model, adapter_name=adapter, low_cpu_mem_usage=True)
+            with blank():  # its own low_cpu_mem_usage=True patches torch.nn.Module for all threads
+                peft.inject_adapter_in_model(config, model, adapter_name=adapter)
             configs[adapter] = config
         for name, part in parts.items():
             _fill(model.get_submodule(name), adapter, part)
@@ -108,7 +120,8 @@ def _fill(layer: Any, adapter: str, part: Factors) -> None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     down.weight, up.weight = parameter(part.down), parameter(part.up)
     layer.r[adapter], layer.lora_alpha[adapter] = part.rank, part.alpha
-    layer.scaling[adapter] = part.alpha / part.rank
+    _heed_calls(layer)
+    layer.scaling[adapter] = strength = part.alpha / part.rank
     if isinstance(down, nn.Linear):
         down.out_features = up.in_features = part.rank
     else:
@@ -118,8 +131,8 @@ def _fill(layer: Any, adapter: str, part: Factors) -> None:
         held.weight = parameter(
             part.magnitude.reshape(1, -1, *(1 for _ in base.shape[2:])) if base.ndim > 2 else part.magnitude
         )
-    if part.bias is not None and layer.scaling[adapter]:
-        up.bias = parameter(part.bias / layer.scaling[adapter])
+    if part.bias is not None and strength:
+        up.bias = parameter(part.bias / strength)
         layer.lora_bias[adapter] = True
 
 
@@ -272,18 +285,42 @@ def fused(model: nn.Module) -> set[str]:
     return {a for layer in layers(model).values() for a in _fused(layer)}
 
 
+class _Call(threading.local):
+    """How strong adapters are in the call that this thread is in.
+
+    Not a context variable: `torch.compile` follows a thread's own attributes, and compiles anew when they change.
+    """
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+_call = _Call()
+
+
+class _Scaling(dict[str, float]):
+    """The strength of each adapter in one layer, which PEFT reads in every call: as set, times the call's scale."""
+
+    def __getitem__(self, adapter: str) -> float:
+        return super().__getitem__(adapter) * _call.scale
+
+
+def _heed_calls(layer: Any) -> None:
+    if not isinstance(layer.scaling, _Scaling):
+        layer.scaling = _Scaling(layer.scaling)
+
+
 @contextmanager
 def scaled(model: nn.Module | None, scale: float | None) -> Iterator[None]:
-    """A network whose adapters work `scale` times as much for a while; `None` changes nothing."""
-    found = [] if model is None or scale is None or scale == 1 else list(layers(model).values())
-    before = [dict(layer.scaling) for layer in found]
-    for layer in found:
-        layer.scaling.update({a: s * scale for a, s in layer.scaling.items()})
+    """In this thread, a network's adapters work `scale` times as much for a while; `None` changes nothing."""
+    for layer in layers(model).values() if model is not None and scale is not None else ():
+        _heed_calls(layer)  # others may have put it there
+    before = _call.scale
+    _call.scale = before if scale is None else before * scale
     try:
         yield
     finally:
-        for layer, own in zip(found, before, strict=True):
-            layer.scaling.update(own)
+        _call.scale = before
 
 
 def scaled_call(forward: F) -> F:
@@ -295,3 +332,12 @@ def scaled_call(forward: F) -> F:
             return forward(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def warn_of_unfused(*models: nn.Module | None) -> None:
+    """Warn that adapters which are not fused will not be in what is saved."""
+    held = [model for model in models if model is not None]
+    left = {a for model in held for a in names(model)} - {a for model in held for a in fused(model)}
+    if left:
+        names_left = ", ".join(sorted(left))
+        warnings.warn(f"adapters that are not fused are not saved: {names_left}; fuse_lora() first", stacklevel=3)

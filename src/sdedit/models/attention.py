@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdedit.models.layers import spread
+from sdedit.models.layers import repeat_batch
 
 # Keys and values (B, M, heads·d), and the weight of what is found with them.
 Attended = tuple[Tensor, Tensor, float]
@@ -39,72 +35,8 @@ def attention(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     if upcast:
         q, k, v = q.float(), k.float(), v.float()
-    out = (core or plain)(q, k, v)
+    out = (core or F.scaled_dot_product_attention)(q, k, v)
     return out.transpose(1, 2).flatten(2).to(value.dtype)
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by PyTorch, or in blocks where that is faster, in the shapes of `Core`."""
-    many = min(query.shape[2], key.shape[2]) >= 256
-    if many and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled():
-        return _bfloat16_on_cpu(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-@functools.cache
-def _blocks_are_faster() -> bool:
-    """With CPUs that multiply bfloat16 in vectors but not in tiles: there PyTorch's kernel takes 1.5 times as long."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_tile")
-
-
-@torch.library.custom_op("sdedit::bfloat16_attention", mutates_args=())
-def _bfloat16_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One operation to torch.compile, which would write the loop out."""
-    core = in_blocks if _blocks_are_faster() else F.scaled_dot_product_attention
-    return core(query, key, value).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@_bfloat16_on_cpu.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    B, heads, N, d = query.shape
-    return query.new_empty(B, N, heads, d).transpose(1, 2)
-
-
-_SCORES = 2**21  # of a block: 512 queries and 4,096 keys, 4 MiB
-_OCTAVE = 128  # steps of bfloat16's bits from a power of two to the next
-_ONE = 127 * _OCTAVE  # bfloat16's bits of 1
-_FAR = 100 * _OCTAVE  # scores within ±100 octaves: neither they nor their sums leave bfloat16's range
-
-
-def in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention in bfloat16 a block of queries at a time, whose scores stay in the cache, in the shapes of `Core`.
-
-    Scores come as steps of bfloat16's bits, so that a sum of integers makes exponentials of them (Schraudolph 1999,
-    doi 10.1162/089976699300016467): exact at powers of two, a chord between them. A column of ones in the values sums
-    them. Scores are rounded to bfloat16; so the mean is taken off the keys, which changes no softmax and makes scores
-    smaller, and the scale goes into the keys, before they are rounded.
-    """
-    B, heads, N, d = query.shape
-    keys = (key.float() - key.float().mean(2, keepdim=True)) * (d**-0.5 * _OCTAVE / math.log(2))
-    farthest = query.float().norm(dim=-1).amax(-1) * keys.norm(dim=-1).amax(-1)  # that a score can be from 0
-    far = (farthest > _FAR).tolist()
-    keys = keys.to(key.dtype).transpose(2, 3)
-    values = F.pad(F.pad(value, (0, 1), value=1.0), (0, -(d + 1) % 16))  # vectors of 16
-    out = query.new_empty(B, N, heads, d).transpose(1, 2)
-    size = min(max(_SCORES // key.shape[2], 16), N)
-    room = query.new_empty(size, key.shape[2])
-    for b, head in itertools.product(range(B), range(heads)):
-        k, v = keys[b, head], values[b, head]
-        for q, block in zip(query[b, head].split(size), out[b, head].split(size), strict=True):
-            scores = torch.mm(q, k, out=room[: len(q)])
-            if far[b][head]:
-                scores.sub_(scores.amax(-1, keepdim=True)).clamp_(min=-_FAR)
-            bits = scores.view(torch.int16)
-            bits.copy_(scores).add_(_ONE)
-            found = torch.mm(scores, v)
-            torch.div(found[:, :d], found[:, d : d + 1], out=block)
-    return out
 
 
 @dataclass(eq=False)
@@ -182,10 +114,14 @@ class Attention(nn.Module):
             query = self.to_q(x)
             attended = attended or [(self.to_k(x), self.to_v(x), 1.0)]
         (key, value, _), *images = attended
-        out = attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
+        out = self.attend(query, key, value)
         for key, value, weight in images:
-            out = out + weight * attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
+            out = out + weight * self.attend(query, key, value)
         return self.to_out[1](self.to_out[0](out))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attention` of this layer's heads: (B, N, heads·d), (B, M, heads·d) twice → (B, N, heads·d)."""
+        return attention(query, key, value, self.heads, upcast=self.upcast, core=self.core)
 
 
 class SpatialAttention(Attention):
@@ -217,21 +153,12 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU to four times the width, and back."""
 
-    PART = 1024  # tokens at once
-    LARGE = 2**22  # bytes of an input whose gates and values take 32 MiB: malloc gets that from the system every time
-
     def __init__(self, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) → (B, N, dim)."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or x.nbytes < self.LARGE or torch.compiler.is_compiling():
-            return self._whole(x)
-        # The wide layer's values then lie in the cache, and in memory that is used again.
-        return torch.cat([self._whole(part) for part in x.flatten(0, -2).split(self.PART)]).view_as(x)
-
-    def _whole(self, x: Tensor) -> Tensor:
         for layer in self.net:
             x = layer(x)
         return x
@@ -268,12 +195,12 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, first: Sequence[Attended] | None, text: Sequence[Attended], width: int) -> Tensor:
         """x (B, N, dim), rows of `width`, and what `attended` gave of B or k·B texts → (B or k·B, N, dim)."""
         if first is not None:
-            x = spread(x, len(text[0][0]))
+            x = repeat_batch(x, len(text[0][0]))
         normed = self.norm1(x)
         if first is None and self.merge > 1:
             first = self.attn1.attended(Context(merged(normed, width, self.merge)))
         x = x + self.attn1(normed, first)
-        x = spread(x, len(text[0][0]))
+        x = repeat_batch(x, len(text[0][0]))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -338,4 +265,4 @@ class Transformer2DModel(nn.Module):
         if self.use_linear_projection:
             tokens = self.proj_out(tokens)
         h = tokens.transpose(1, 2).unflatten(2, (H, W))
-        return spread(x, len(h)) + (h if self.use_linear_projection else self.proj_out(h))
+        return repeat_batch(x, len(h)) + (h if self.use_linear_projection else self.proj_out(h))

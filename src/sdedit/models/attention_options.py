@@ -170,6 +170,6 @@ class AttentionOptions(nn.Module):
                 layer.to_qkv = None
 
 
-def fused(model: nn.Module) -> bool:
+def has_fused_projections(model: nn.Module) -> bool:
     """Are the projections of the network's self-attentions fused?"""
     return any(isinstance(layer, FusedProjections) for layer in model.modules())

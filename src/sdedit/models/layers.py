@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from sdedit.models.fast.packing import PackedConv2d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -28,43 +24,9 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def spread(x: Tensor, batch: int) -> Tensor:
+def repeat_batch(x: Tensor, batch: int) -> Tensor:
     """A batch (B, …) as often as makes `batch` of it: what is the same with and without the prompt is computed once."""
     return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
-
-
-def activated(act: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """act(norm(x)), in the memory of norm(x) where it can be: new pages cost a CPU more than the sums."""
-    h = norm(x)
-    return F.silu(h, inplace=True) if isinstance(act, nn.SiLU) and _free(norm, h) else act(h)
-
-
-def added(layer: nn.Module, h: Tensor, x: Tensor) -> Tensor:
-    """x + h, likewise in the memory of h, which that layer made."""
-    return h.add_(x) if _free(layer, h) and h.dtype == x.dtype else x + h
-
-
-def _free(layer: nn.Module, h: Tensor) -> bool:
-    """Is what the layer made a plain tensor, and not strips, that no gradient and no hook needs as it is?"""
-    return type(h) is Tensor and not torch.is_grad_enabled() and not layer._forward_hooks
-
-
-def channels_last(network: nn.Module, x: Tensor) -> Tensor:
-    """The input of a network (B, C, H, W) with channels innermost, as convolutions and attention want it.
-
-    The network's convolutions are laid out in the same way when they first see it, one at a time: PyTorch would do it
-    in every call. Those that multiply by packed weights need no other layout.
-    """
-    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):  # strips are laid out as they are made
-        return x
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-        weights = [layer.weight for layer in layers if not isinstance(layer, PackedConv2d)]
-        if weights and not weights[0].is_contiguous(memory_format=torch.channels_last):
-            with torch.inference_mode(False):  # in which the weights could never be trained again
-                for weight in weights:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def timestep_embedding(
@@ -133,14 +95,14 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the embedded time (B, temb_channels) → (B, out_channels, H, W)."""
-        h = self.conv1(activated(self.nonlinearity, self.norm1, x))
+        h = self.conv1(self.nonlinearity(self.norm1(x)))
         if self.time_emb_proj is not None and temb is not None:
-            shift = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-            h = added(self.conv1, h, shift if len(shift) == 1 else spread(shift, len(h)))
-        h = self.conv2(self.dropout(activated(self.nonlinearity, self.norm2, h)))
+            shift = self.time_emb_proj(self.nonlinearity(temb))
+            h = h + repeat_batch(shift, len(h))[:, :, None, None]
+        h = self.conv2(self.dropout(self.nonlinearity(self.norm2(h))))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        h = added(self.conv2, h, x)
+        h = x + h
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 
@@ -166,42 +128,5 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) → (B, C, *size), twice the size if none is given."""
-        B, C, H, W = x.shape
-        size = size or (2 * H, 2 * W)
-        # Adding weights up costs as much as so many pixels.
-        if size == (2 * H, 2 * W) and B * H * W > C and _bare(self.conv):
-            return convolve_doubled(F.pad(x, (1, 1, 1, 1)), _kernels(self.conv.weight), self.conv.bias)
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-
-def _bare(layer: nn.Module) -> bool:
-    """Is it a convolution and nothing else: no adapter around it, no hook that waits for its call?"""
-    own = getattr(layer.forward, "__func__", None) in (nn.Conv2d.forward, PackedConv2d.forward)
-    plain = type(layer) in (nn.Conv2d, PackedConv2d)
-    return plain and own and not (layer._forward_pre_hooks or layer._forward_hooks)
-
-
-def _kernels(weight: Tensor) -> list[Tensor]:
-    """2×2 kernels that see in a picture what a 3×3 one (C', C, 3, 3) sees in it at twice its size: 4/9 of the products.
-
-    Of a 3×3 window in the enlarged picture, neighbours are copies of one pixel, so their weights can be added up. Even
-    rows see w0 of the row above and w1 + w2 of their own, odd rows w0 + w1 of their own and w2 of the row below;
-    so do columns. One for even rows and columns, even and odd, odd and even, odd and odd.
-    """
-    above, own, below = weight.float().unbind(2)
-    kernels = []
-    for rows in ((above, own + below), (above + own, below)):
-        left, middle, right = torch.stack(rows, 2).unbind(3)
-        kernels += [torch.stack(columns, 3) for columns in ((left, middle + right), (left + middle, right))]
-    return [kernel.to(weight.dtype) for kernel in kernels]
-
-
-def convolve_doubled(padded: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Convolve at twice the size what has a pixel of zeros around it (B, C, H + 2, W + 2) → (B, C', 2·H, 2·W)."""
-    if torch.overrides.has_torch_function((padded,)):
-        return torch.overrides.handle_torch_function(convolve_doubled, (padded,), padded, kernels, bias)
-    B, _C, H, W = padded.shape
-    out = padded.new_empty(B, len(kernels[0]), 2 * H - 4, 2 * W - 4).contiguous(memory_format=torch.channels_last)
-    for (i, j), kernel in zip(itertools.product((0, 1), repeat=2), kernels, strict=True):
-        out[:, :, i::2, j::2] = F.conv2d(padded[:, :, i : H - 1 + i, j : W - 1 + j], kernel, bias)
-    return out
+        _B, _C, H, W = x.shape
+        return self.conv(F.interpolate(x, size=size or (2 * H, 2 * W), mode="nearest"))

@@ -8,14 +8,19 @@ from typing import Any, Self
 
 import torch
 
-from sdedit.config import Configurable
+from sdedit.config import Configurable, later
 from sdedit.models.attention_options import AttentionOptions
+from sdedit.models.kinds import check_values
 
 
 class Model(AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"
+
+    @classmethod
+    def _check_values(cls, values: Mapping[str, Any]) -> None:
+        check_values(values)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,9 +57,7 @@ class Model(AttentionOptions, Configurable):
             FileNotFoundError: A file is missing.
             ValueError: A file is damaged, or its names and shapes are not those of the network.
         """
-        from sdedit.loading.pretrained import load_model
-
-        return load_model(
+        return later("sdedit.loading.pretrained:load_model")(  # type: ignore[no-any-return]
             cls,
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -91,9 +94,7 @@ class Model(AttentionOptions, Configurable):
             FileNotFoundError: The file is missing.
             ValueError: It is damaged, of another kind, or its names and shapes are not those of the network.
         """
-        from sdedit.loading.single_file import load_network
-
-        return load_network(
+        return later("sdedit.loading.single_file:load_network")(  # type: ignore[no-any-return]
             cls,
             pretrained_model_link_or_path,
             torch_dtype=torch_dtype,
@@ -116,12 +117,10 @@ class Model(AttentionOptions, Configurable):
         Raises:
             ValueError: `safe_serialization=False`: pickles are read, never written.
         """
-        from sdedit.loading.weights import save_weights
-
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; expected True (safetensors)")
-        self.save_config(save_directory)
         # IP-Adapters are files of their own.
         theirs = ("encoder_hid_proj.", ".ip_adapters.")
         state = {name: t for name, t in self.state_dict().items() if not any(part in name for part in theirs)}
-        save_weights(state, save_directory, self.weights_name, variant)
+        save = later("sdedit.loading.weights:save_network")
+        save(state, self.to_json_string(), save_directory, self.weights_name, variant)

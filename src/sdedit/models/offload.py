@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def execution_device(model: nn.Module) -> torch.device:
@@ -38,7 +37,52 @@ def choose_device(caller: str, gpu_id: int | None, device: torch.device | str | 
     return chosen if chosen.type == "cpu" else torch.device(chosen.type, gpu_id or chosen.index or 0)
 
 
-class Turns:
+class Offload:
+    """Networks of which one computes at a time, whatever threads call them: the others wait for their turn."""
+
+    def __init__(self, models: Iterable[nn.Module], device: torch.device) -> None:
+        self.models, self.device, self._turn = list(models), device, threading.RLock()
+        self._hooks: list[Any] = []
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # the copy of a network takes its turns with the others
+
+    def _call_in_turns(self) -> None:
+        for model in self.models:
+            model._computes_on = self.device  # type: ignore[assignment]
+            begin = functools.partial(self._begin, model)
+            # An autoencoder's parts are called by themselves.
+            for module in (model, *model.children()):
+                self._hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._end, always_call=True))
+
+    def _begin(self, model: nn.Module, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        self._turn.acquire()
+        self._bring(model)
+        return tuple(map(self._there, args)), {name: self._there(value) for name, value in kwargs.items()}
+
+    def _end(self, *_: Any) -> None:
+        self._turn.release()
+
+    def _there(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def _bring(self, model: nn.Module) -> None:
+        """Make the network ready to compute."""
+
+    def rest(self) -> None:
+        """Send home what is on the device; a network that computes ends first."""
+
+    def end(self) -> None:
+        """Leave the networks on the CPU, and take no more turns."""
+        with self._turn:
+            for hook in self._hooks:
+                hook.remove()
+            for model in self.models:
+                del model._computes_on
+
+
+class Turns(Offload):
     """Of several networks one at a time is on the device: the one that was called last.
 
     Args:
@@ -47,27 +91,21 @@ class Turns:
     """
 
     def __init__(self, models: Iterable[nn.Module], device: torch.device) -> None:
-        self.models, self.device = list(models), device
-        self._hooks = []
-        for model in self.models:
-            model._computes_on = device  # type: ignore[assignment]
-            take = functools.partial(self._take, model)
-            # An autoencoder's parts are called by themselves.
-            for module in (model, *model.children()):
-                self._hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
+        super().__init__(models, device)
+        self._call_in_turns()
         self.rest()
 
-    def _take(self, model: nn.Module, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _bring(self, model: nn.Module) -> None:
         if next(model.parameters()).device != self.device:
-            self.rest(but=model)
+            self._send_home(but=model)
             model.to(self.device)
-        return tuple(map(self._there, args)), {name: self._there(value) for name, value in kwargs.items()}
 
-    def _there(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, Tensor) else value
+    def rest(self) -> None:
+        """Send all home."""
+        with self._turn:
+            self._send_home()
 
-    def rest(self, but: nn.Module | None = None) -> None:
-        """Send all home, `but` one."""
+    def _send_home(self, but: nn.Module | None = None) -> None:
         for model in self.models:
             if model is not but and next(model.parameters()).device != torch.device("cpu"):
                 model.to("cpu")
@@ -75,15 +113,12 @@ class Turns:
             torch.accelerator.empty_cache()
 
     def end(self) -> None:
-        """Leave the networks on the CPU, and take no more turns."""
+        """See `Offload`."""
         self.rest()
-        for hook in self._hooks:
-            hook.remove()
-        for model in self.models:
-            del model._computes_on
+        super().end()
 
 
-class Layers:
+class Layers(Offload):
     """Of several networks only the layer that computes is on the device; the weights wait in the CPU's memory.
 
     Raises:
@@ -97,24 +132,24 @@ class Layers:
             raise ImportError(
                 f"enable_sequential_cpu_offload needs accelerate: pip install 'sdedit[offload]' ({error})"
             ) from error
-        self.models = list(models)
+        super().__init__(models, device)
         for model in self.models:
             model.to("cpu")
             # Not the state dict: fused projections have other names there.
             weights = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
             accelerate.cpu_offload(model, device, offload_buffers=bool(model._parameters), state_dict=weights)
-            model._computes_on = device  # type: ignore[assignment]
-
-    def rest(self) -> None:
-        """Nothing stays on the device after a layer."""
+        self._call_in_turns()
 
     def end(self) -> None:
         """Put the weights back into the networks, on the CPU."""
         from accelerate.hooks import remove_hook_from_module
 
+        super().end()
         for model in self.models:
             remove_hook_from_module(model, recurse=True)
-            del model._computes_on
+            for layer in model.modules():  # accelerate leaves a layer's own method as its attribute
+                if getattr(vars(layer).get("forward"), "__func__", None) is type(layer).forward:
+                    del layer.forward
 
 
 def refuse(caller: str, *models: nn.Module | None) -> None:
@@ -128,17 +163,3 @@ def refuse(caller: str, *models: nn.Module | None) -> None:
             f"{caller}: the weights are offloaded a layer at a time; call remove_all_hooks() first, and "
             "enable_sequential_cpu_offload() again after it"
         )
-
-
-def inference(call: F) -> F:
-    """A pipeline's call: without gradients, and after it networks that came to the device go home."""
-
-    @functools.wraps(call)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with torch.no_grad():
-                return call(self, *args, **kwargs)
-        finally:
-            self.maybe_free_model_hooks()
-
-    return wrapped  # type: ignore[return-value]

@@ -137,12 +137,12 @@ class AutoencoderTiny(VaeOptions, Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Encode pixels (B, 3, H, W) in [-1, 1]."""
-        latents = self._apart(self.encoder, x, 1)
+        latents = self._code(self.encoder, x, 1)
         return AutoencoderTinyOutput(latents) if return_dict else (latents,)
 
     def decode(self, x: Tensor, generator: Any = None, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Decode latents (B, latent_channels, h, w) to pixels; `generator` is not used."""
-        sample = self._apart(self.decoder, x, 2 ** (len(self.config.block_out_channels) - 1))
+        sample = self._code(self.decoder, x, 2 ** (len(self.config.block_out_channels) - 1))
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> Any:

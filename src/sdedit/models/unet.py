@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.adapters import scaled_call
-from sdedit.models.attention import BasicTransformerBlock, Context, Transformer2DModel
-from sdedit.models.attention_options import FusedProjections
-from sdedit.models.fast.deep_reuse import DeepReuse
-from sdedit.models.fast.freeu import FreeU
-from sdedit.models.fast.packing import forget, packing
+from sdedit.models.attention import Context, Transformer2DModel
+from sdedit.models.fast.full_speed import at_full_speed
+from sdedit.models.fast.run_cache import cache_of
 from sdedit.models.kinds import known_block, per_block, refuse_other_kinds
 from sdedit.models.layers import (
     Downsample2D,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
-    activated,
     activation,
-    channels_last,
-    spread,
+    repeat_batch,
     timestep_embedding,
 )
 from sdedit.models.model import Model
+from sdedit.models.unet_options import UNetOptions
 from sdedit.output import Output
+
+# What a ControlNet adds to the skips and to the middle.
+Residuals = tuple[Sequence[Tensor] | None, Tensor | None]
 
 
 @dataclass
@@ -58,6 +58,10 @@ class _Block(nn.Module):
         self.has_attention = transformer is not None
         self.downsamplers, self.upsamplers = downsamplers, upsamplers
 
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Features from below and a skip of the same size, as one map."""
+        return torch.cat([x, skip], dim=1)
+
     def layer(self, i: int, x: Tensor, temb: Tensor, context: Context) -> Tensor:
         """The i-th residual block and its attention."""
         x = self.resnets[i](x, temb)
@@ -79,7 +83,7 @@ class _MidBlock(nn.Module):
         return self.resnets[1](x, temb)
 
 
-class UNet2DConditionModel(Model):
+class UNet2DConditionModel(UNetOptions, Model):
     """Predicts noise, velocity or the clean latents from noisy latents, the timestep and the text.
 
     The arguments are the keys of a published `unet/config.json`. `attention_head_dim` is, for historical reasons, the
@@ -202,9 +206,6 @@ class UNet2DConditionModel(Model):
         self.conv_act = activation(act_fn)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         self.encoder_hid_proj: nn.Module | None = None  # an IP-Adapter's, if one is loaded
-        self.freeu: FreeU | None = None
-        self.reuse: DeepReuse | None = None
-        self.kept: list[Context] | None = None  # see `one_run`
 
     @classmethod
     def from_config(cls, config: Any, **overrides: Any) -> UNet2DConditionModel:
@@ -217,20 +218,7 @@ class UNet2DConditionModel(Model):
         refuse_other_kinds(made.config)
         return made
 
-    def merge_tokens(self, factor: int) -> None:
-        """Set how much self-attention merges at the finest level that has attention; 1: nothing.
-
-        Raises:
-            ValueError: Queries, keys and values are fused.
-        """
-        if factor > 1 and any(isinstance(layer, FusedProjections) for layer in self.modules()):
-            raise ValueError("token merging: queries, keys and values are fused; call unfuse_qkv_projections() first")
-        finest = next((i for i, block in enumerate(self.down_blocks) if block.has_attention), None)
-        for level in [] if finest is None else [self.down_blocks[finest], self.up_blocks[-1 - finest]]:
-            for layer in level.modules():
-                if isinstance(layer, BasicTransformerBlock):
-                    layer.merge = factor
-
+    @at_full_speed
     @scaled_call
     def forward(
         self,
@@ -270,22 +258,17 @@ class UNet2DConditionModel(Model):
         temb = self._embedded_time(timestep, sample, timestep_cond)
         context = self._context(encoder_hidden_states, added_cond_kwargs or {})
 
-        x = self.conv_in(channels_last(self, sample))
-        deep = None if self.reuse is None else self.reuse.recall(len(encoder_hidden_states))
-        around = None if self.reuse is None or deep is None else self.reuse.layers
-        skips = self._down(x, temb, context, around)
-        if deep is None:
-            x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
-            if down_block_additional_residuals is not None:
-                skips = [spread(a, len(b)) + b for a, b in zip(skips, down_block_additional_residuals, strict=True)]
-            if mid_block_additional_residual is not None:
-                x = x + mid_block_additional_residual
-        else:
-            x = deep
-        x = self._up(x, skips, temb, context)
-        x = activated(self.conv_act, self.conv_norm_out, x)
-        x = spread(self.conv_out(x), len(encoder_hidden_states))
+        x = self.conv_in(sample)
+        u = self.u if self.reuse is None else functools.partial(self.reuse.u, self)
+        x = u(x, temb, context, (down_block_additional_residuals, mid_block_additional_residual))
+        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        x = repeat_batch(x, len(encoder_hidden_states))
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def u(self, x: Tensor, temb: Tensor, context: Context, residuals: Residuals) -> Tensor:
+        """Down, through the middle, and up: (B, C, H, W) → (B or k·B, C, H, W)."""
+        x, skips = self.middle(self.down(x, temb, context), temb, context, residuals)
+        return self.up(x, skips, temb, context)
 
     def _embedded_time(self, timestep: Tensor | float, sample: Tensor, condition: Tensor | None) -> Tensor:
         """(1, C) or (B, C)."""
@@ -298,7 +281,7 @@ class UNet2DConditionModel(Model):
         embedded: Tensor = self.time_embedding(sinusoids.to(sample.dtype), condition)
         return embedded
 
-    def _down(self, x: Tensor, temb: Tensor, context: Context, count: int | None = None) -> list[Tensor]:
+    def down(self, x: Tensor, temb: Tensor, context: Context, count: int | None = None) -> list[Tensor]:
         """The way down: what it leaves for the way up, the deepest last; only the first `count` of them if given."""
         skips = [x]
         for block in cast("Iterable[_Block]", self.down_blocks):
@@ -310,72 +293,36 @@ class UNet2DConditionModel(Model):
                 skips.append(block.downsamplers[0](skips[-1]))
         return skips
 
-    def _up(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context) -> Tensor:
-        """The way up, which takes a skip in at each layer: as many of its last layers as there are skips."""
-        blocks = enumerate(cast("Iterable[_Block]", self.up_blocks))
-        layers = [(stage, block, i) for stage, block in blocks for i in range(len(block.resnets))]
-        for stage, block, i in layers[-len(skips) :]:
-            if self.reuse is not None and len(skips) == self.reuse.layers:
-                self.reuse.keep(x)
-            skip = spread(skips.pop(), len(x))
-            if self.freeu is not None:
-                x, skip = self.freeu(stage, x, skip)
-            x = block.layer(i, torch.cat([x, skip], dim=1), temb, context)
+    def middle(
+        self, skips: list[Tensor], temb: Tensor, context: Context, residuals: Residuals
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The deepest features, and the skips; to both is added what a ControlNet gives."""
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
+        of_skips, of_middle = residuals
+        if of_skips is not None:
+            skips = [repeat_batch(a, len(b)) + b for a, b in zip(skips, of_skips, strict=True)]
+        return x if of_middle is None else x + of_middle, skips
+
+    def up(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, leave: int = 0) -> Tensor:
+        """The way up, whose last layers take the skips in, off the end of the list, until `leave` of them are left."""
+        blocks = cast("Iterable[_Block]", self.up_blocks)
+        layers = [(block, i) for block in blocks for i in range(len(block.resnets))]
+        for block, i in layers[len(layers) - len(skips) : len(layers) - leave]:
+            x = block.layer(i, block.join(x, repeat_batch(skips.pop(), len(x))), temb, context)
             if i + 1 == len(block.resnets) and block.upsamplers is not None:
                 # The size of the next skip, not twice ours: odd sizes were rounded up on the way down.
                 height, width = skips[-1].shape[2:]
                 x = block.upsamplers[0](x, (height, width))
         return x
 
-    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Reweigh what the way up takes in, see `FreeU`; the numbers depend on the model and were found by trying.
-
-        Args:
-            s1, s2: Weight of the skips' lowest frequencies in the first and second block, such as 0.9 and 0.2.
-            b1, b2: Weight of half of the features from below there, such as 1.5 and 1.6.
-        """
-        self.freeu = FreeU((s1, s2), (b1, b2))
-
-    def disable_freeu(self) -> None:
-        """Undo `enable_freeu`."""
-        self.freeu = None
-
     def _context(self, text: Tensor, added: dict[str, Any]) -> Context:
         """What the layers attend to: the text, and the image tokens of IP-Adapters where there are any."""
         if (self.encoder_hid_proj is None) != ("image_embeds" not in added) or set(added) - {"image_embeds"}:
             expected = "None" if self.encoder_hid_proj is None else "{'image_embeds': [...]}, for the IP-Adapter"
             raise ValueError(f"added_cond_kwargs with {sorted(added) or 'nothing'}; expected {expected}")
-        if self.kept and self.kept[0].text is text:
-            return self.kept[0]
-        images = [] if self.encoder_hid_proj is None else self.encoder_hid_proj(added["image_embeds"])
-        context = Context(text, images)
-        if self.kept is not None:
-            self.kept[:] = [context]
-        return context
 
+        def make() -> Context:
+            return Context(text, [] if self.encoder_hid_proj is None else self.encoder_hid_proj(added["image_embeds"]))
 
-class Kept(list[Context]):
-    """What the steps of a run share: contexts, and with them packed weights."""
-
-    def clear(self) -> None:
-        """Make all of it anew."""
-        super().clear()
-        forget()
-
-
-@contextmanager
-def one_run(unet: Any) -> Iterator[list[Context]]:
-    """The steps of one run: a UNet that is given the very same text again has its keys and values, and its images.
-
-    What it keeps is in the list; clear that when weights or images change. Reuse of deep features begins anew.
-    """
-    kept: list[Context] = Kept()
-    unet.kept = kept
-    reuse: DeepReuse | None = getattr(unet, "reuse", None)
-    try:
-        with packing(unet):
-            yield kept
-    finally:
-        unet.kept = None
-        if reuse is not None:
-            reuse.forget()
+        run = cache_of(self)
+        return make() if run is None else run.context(text, make)

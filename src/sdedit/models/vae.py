@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import SpatialAttention
-from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, activated, channels_last
+from sdedit.models.fast.full_speed import at_full_speed
+from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from sdedit.models.model import Model
 from sdedit.models.vae_options import VaeOptions
 from sdedit.noise import randn
@@ -117,12 +118,13 @@ class Encoder(nn.Module):
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
+    @at_full_speed
     def forward(self, x: Tensor) -> Tensor:
         """Pixels to the distribution's parameters."""
-        x = self.conv_in(channels_last(self, x))
+        x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out, self.mid_block(x)))
+        return self.conv_out(self.conv_act(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -150,12 +152,13 @@ class Decoder(nn.Module):
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
+    @at_full_speed
     def forward(self, z: Tensor) -> Tensor:
         """Latents to pixels."""
-        x = self.mid_block(self.conv_in(channels_last(self, z)))
+        x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(activated(self.conv_act, self.conv_norm_out, x))
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(VaeOptions, Model):
@@ -202,7 +205,7 @@ class AutoencoderKL(VaeOptions, Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode pixels (B, 3, H, W) in [-1, 1], H and W multiples of f = 2^(blocks - 1)."""
-        moments = self._apart(self.encoder, x, 1)
+        moments = self._code(self.encoder, x, 1)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         posterior = DiagonalGaussianDistribution(moments)
@@ -214,7 +217,7 @@ class AutoencoderKL(VaeOptions, Model):
         `generator` is not used: the decoder draws nothing.
         """
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        sample = self._apart(self.decoder, z, 2 ** (len(self.config.block_out_channels) - 1))
+        sample = self._code(self.decoder, z, 2 ** (len(self.config.block_out_channels) - 1))
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True) -> Any:

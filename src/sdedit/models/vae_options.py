@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 from sdedit.models.attention import SpatialAttention
 from sdedit.models.attention_options import by_queries
-from sdedit.models.fast import strips
+from sdedit.models.fast import tiling
 
 # Pictures up to this size, in pixels, are not worth it.
 _SMALL = 512 * 512
-# What coding a picture whole takes, in units of the widest feature map that has to be kept (benchmarks/memory.py).
-_WHOLE = 6
 
 
 class VaeOptions(nn.Module):
-    """The part of an autoencoder that codes a batch a picture at a time, and large pictures in strips."""
+    """The part of an autoencoder that codes a batch a picture at a time, and large pictures in tiles."""
 
     config: Any
     use_slicing = False
     use_tiling = False
-    max_bytes: int | None = None
 
     def enable_slicing(self) -> None:
         """Code the pictures of a batch one after the other."""
@@ -34,20 +31,13 @@ class VaeOptions(nn.Module):
         """Code all pictures of a batch at once again."""
         self.use_slicing = False
 
-    def enable_tiling(self, use_tiling: bool = True, max_bytes: int | None = None) -> None:
-        """Code large pictures in strips that share their norms' statistics: the same picture, without seams.
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Code pictures of more than 512×512 in tiles that share their norms' statistics: the same, without seams.
 
         Args:
             use_tiling: `False` turns it off.
-            max_bytes: For feature maps. Where they need more, some are computed again instead of kept. If not given,
-                twice the largest that has to be kept, and pictures up to 512×512 are coded whole.
-
-        Raises:
-            ValueError: `max_bytes` is no positive number.
         """
-        if max_bytes is not None and (isinstance(max_bytes, bool) or not max_bytes > 0):
-            raise ValueError(f"max_bytes={max_bytes!r}; expected a number of bytes such as 2 * 2**30, or None")
-        self.use_tiling, self.max_bytes = use_tiling, max_bytes
+        self.use_tiling = use_tiling
         for layer in self.modules():
             if isinstance(layer, SpatialAttention) and layer.core in (None, by_queries):
                 layer.core = by_queries if use_tiling else None
@@ -56,14 +46,12 @@ class VaeOptions(nn.Module):
         """Code pictures of any size whole again."""
         self.enable_tiling(False)
 
-    def _apart(self, network: Callable[[Any], Any], x: Tensor, factor: int) -> Tensor:
+    def _code(self, network: Callable[[Any], Any], x: Tensor, factor: int) -> Tensor:
         """`network(x)`, as the options say; a picture has `factor` times the height and width of x."""
         if self.use_slicing and len(x) > 1:
-            return torch.cat([self._apart(network, one, factor) for one in x.split(1)])
-        if not self.use_tiling:
-            return network(x)  # type: ignore[no-any-return]
+            return torch.cat([self._code(network, one, factor) for one in x.split(1)])
         pixels = x.shape[2] * x.shape[3] * factor**2
-        widest = len(x) * self.config.block_out_channels[0] * pixels * x.element_size()
-        if pixels <= _SMALL if self.max_bytes is None else _WHOLE * widest <= self.max_bytes:
+        if not self.use_tiling or pixels <= _SMALL:
             return network(x)  # type: ignore[no-any-return]
-        return strips.run(network, x, strips.Budget(self.max_bytes or 2 * widest, reserve=widest))
+        widest = len(x) * self.config.block_out_channels[0] * pixels * x.element_size()
+        return tiling.run(network, x, tiling.Budget(2 * widest, reserve=widest))

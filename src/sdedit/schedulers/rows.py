@@ -8,13 +8,13 @@ an earlier row, the last few predictions m_j (m_0 is this row's) and fresh noise
     m  = m_x·x̂ + m_x0·x0 + m_out·o              what the solver keeps: x0, ε, or the output itself
     x' = a·x̂ + p·x_anchor + Σ_j b_j·m_j + c·z
 
-so a solver is a function from a grid to rows, and a batch may hold samples at different rows.
+so a solver is a function from a grid to rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,14 +164,3 @@ def table(rows: Sequence[Row]) -> Row:
     """Rows, of one solver or of several, as one row of float64 arrays (N,) that `lax.scan` can run through."""
     columns = [np.array(column) for column in zip(*_even(rows), strict=True)]
     return Row._make([*columns[:-1], tuple(columns[-1].T)])
-
-
-def per_sample(rows: Sequence[Row], as_array: Callable[[Any], Any]) -> Row:
-    """A row for each of B samples, of one solver or of several, as one row of arrays (B, 1, 1, 1).
-
-    Args:
-        as_array: From NumPy to the kind of the samples, as `lambda v: torch.tensor(v, dtype=x.dtype)`.
-    """
-    *columns, b = table(rows)
-    arrays = [as_array(v.reshape(-1, 1, 1, 1)) for v in (*columns, *b)]
-    return Row._make([*arrays[: len(columns)], tuple(arrays[len(columns) :])])

@@ -1,7 +1,8 @@
-"""A batch's run through its solver: the same for all pictures, or each with its own strength, steps and guidance.
+"""A batch's run through its solvers: all pictures alike, or each its own way.
 
-The pipeline's loop asks a run three things for each step: how many pictures still have steps to go (they come first in
-the batch), what the UNet is to see, and what the latents become.
+A run is made of parts: pictures that take the same steps, by a scheduler that was set up for them alone. Parts may
+differ in all else, solver, strength, number of steps and how far they are, and yet share each UNet call. Between two
+calls runs join, and pictures leave. Each picture becomes what it would have become alone.
 """
 
 from __future__ import annotations
@@ -9,101 +10,105 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdedit.noise import Generator
-from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers.base import Scheduler, mix
-from sdedit.schedulers.rows import Memory, Row
 from sdedit.schedulers.schedule import Array, squeezed_betas
 
 
-class Run(Protocol):
-    """What the loop needs of a run.
+@dataclass(frozen=True)
+class Steps:
+    """Which steps a call asks for.
 
     Attributes:
-        order: UNet calls for a step of the solver.
-        order_of_pictures: The batch's order in the loop: those with most steps first.
-        generator: What its noise is drawn from.
+        strengths, counts: Strength and number of steps: one for all pictures, or one for each.
+        grid: `timesteps` or `sigmas` of one's own, instead of a number; or nothing.
+        exact: Run all of the steps, on a noise schedule that ends at `strength` of the model's.
+        eta: See `DDIMScheduler.step`.
     """
 
-    order: int
-    order_of_pictures: list[int]
-    generator: Generator
-
-    def __len__(self) -> int: ...
-
-    def restart(self) -> None:
-        """Forget the steps taken, to take them again."""
-
-    def active(self, i: int) -> int:
-        """How many pictures, from the first on, take the i-th step."""
-
-    def model_input(self, i: int, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """What the UNet sees of the active latents (B, C, H, W), and the timestep, one or (B,)."""
-
-    def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        """The active latents after the step."""
-
-    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents of the first pictures, at the level that the i-th UNet call sees; clean after the last."""
+    strengths: list[float]
+    counts: list[int]
+    grid: Mapping[str, Any]
+    exact: bool = False
+    eta: float = 0.0
 
 
-class Start:
-    """A scheduler, set to where `strength` begins.
+class Part:
+    """Pictures that take the same steps.
 
     Args:
-        scheduler: It is changed.
-        strength: Of the chosen steps, the last `int(steps * strength)` are left; with `exact`, all of them, on a noise
+        scheduler: Of this library or any other; the part takes a copy.
+        pictures: How many.
+        generator: What their noise is drawn from: one, or one for each.
+        strength: Of the chosen steps, the last `int(steps * strength)` run; with `exact`, all of them, on a noise
             schedule that ends at `strength` of the model's.
         chosen: What `set_timesteps` gets.
 
     Attributes:
-        timesteps: Those that are left.
-        time_scale: What the UNet's time is, for each of the scheduler's.
-        first: How many UNet calls of the whole schedule were passed over.
+        timesteps: Those that run, one a UNet call.
+        made: UNet calls that were made.
+        order: UNet calls for a step of the solver.
+        options, draws: What the scheduler's `step` gets besides, and whether a generator.
     """
 
-    def __init__(self, scheduler: Any, strength: float, exact: bool, **chosen: Any) -> None:
-        self.strength, self.chosen, self.time_scale = strength, chosen, 1.0
+    def __init__(
+        self,
+        scheduler: Any,
+        pictures: int,
+        generator: Generator,
+        strength: float,
+        *,
+        exact: bool = False,
+        eta: float = 0.0,
+        **chosen: Any,
+    ) -> None:
+        self.pictures, self.strength, self.chosen, self._time_scale = pictures, strength, chosen, 1.0
         if exact and 0 < strength < 1:
             betas = squeezed_betas(scheduler.alphas_cumprod.double().cpu().numpy(), strength)
             config = {**scheduler.config, "rescale_betas_zero_snr": False}  # these betas are final
-            scheduler = type(scheduler).from_config(config, trained_betas=betas)
-            self.strength, self.time_scale = 1.0, strength
-        self.scheduler = scheduler
-        self.set()
+            self.scheduler = type(scheduler).from_config(config, trained_betas=betas)
+            self.strength, self._time_scale = 1.0, strength
+        else:
+            self.scheduler = of_its_own(scheduler)
+        self.order: int = getattr(self.scheduler, "order", 1)
+        taken = inspect.signature(self.scheduler.step).parameters
+        self.options = {"eta": eta} if "eta" in taken else {}
+        self.draws = "generator" in taken
+        self.restart(generator)
 
-    def set(self) -> None:
-        """Set the scheduler, with nothing remembered of an earlier run."""
+    def restart(self, generator: Generator) -> None:
+        """Go back to the first step, with nothing remembered of an earlier run."""
         scheduler = self.scheduler
         scheduler.set_timesteps(**self.chosen)
-        self.count = len(scheduler.timesteps)
-        self.first = int(self._call_of(self.strength))
-        self.timesteps: Tensor = scheduler.timesteps[self.first :]
+        self._count = len(scheduler.timesteps)
+        self._first = int(self._call_of(self.strength))
+        self.timesteps: Tensor = scheduler.timesteps[self._first :]
         if len(self.timesteps) and hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(self.first)
+            scheduler.set_begin_index(self._first)
+        self.generator, self.made = generator, 0
 
-    def call_of(self, strengths: Array) -> Array:
-        """The UNet call of this run that a run of another strength would begin with, 0 for greater ones; any shape."""
-        share = np.round(strengths / self.time_scale, 9)  # 0.6 of 0.8 is three quarters
-        return self._call_of(np.minimum(share, self.strength)) - self.first
-
-    def _call_of(self, strength: float | Array) -> Array:
-        """The same for the whole schedule; behind the last for a strength of no steps."""
-        steps = self.chosen.get("num_inference_steps") or self.count
-        taken = np.floor(steps * np.asarray(strength)).astype(int)
-        return np.where(taken > 0, (steps - taken) * getattr(self.scheduler, "order", 1), self.count)
+    @property
+    def calls(self) -> int:
+        """UNet calls to go."""
+        return len(self.timesteps) - self.made
 
     @property
     def steps(self) -> int:
-        """Steps of the solver that are left."""
-        return -(-len(self.timesteps) // getattr(self.scheduler, "order", 1))
+        """Steps of the solver, those that were taken included."""
+        return -(-len(self.timesteps) // self.order)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps of the solver that are over."""
+        return self.made // self.order if self.calls else self.steps
 
     @property
     def sigma(self) -> float:
@@ -111,183 +116,200 @@ class Start:
         if not len(self.timesteps):
             return 0.0
         if isinstance(self.scheduler, Scheduler):
-            return float(self.scheduler.sigmas[self.first])
+            return float(self.scheduler.sigmas[self._first])
         kept = float(self.scheduler.alphas_cumprod[int(self.timesteps[0])])
         return float(((1 - kept) / kept) ** 0.5)
 
-    def noised(self, latents: Tensor, noise: Tensor, i: int = 0) -> Tensor:
-        """Clean latents (B, C, H, W) at the level that the i-th UNet call sees; as they are after the last."""
-        if i >= len(self.timesteps):
+    def call_of(self, strengths: Array) -> Array:
+        """The UNet call of this run that a run of another strength would begin with, 0 for greater ones; any shape."""
+        share = np.round(strengths / self._time_scale, 9)  # 0.6 of 0.8 is three quarters
+        return self._call_of(np.minimum(share, self.strength)) - self._first
+
+    def _call_of(self, strength: float | Array) -> Array:
+        """The same for the whole schedule; behind the last for a strength of no steps."""
+        steps = self.chosen.get("num_inference_steps") or self._count
+        taken = np.floor(steps * np.asarray(strength)).astype(int)
+        return np.where(taken > 0, (steps - taken) * self.order, self._count)
+
+    def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents (B, C, H, W) at the level that the next UNet call sees; as they are after the last."""
+        if not self.calls:
             return latents
         if isinstance(self.scheduler, Scheduler):
-            (signal,), (level,) = self.scheduler.levels_seen([self.first + i])
+            (signal,), (level,) = self.scheduler.levels_seen([self._first + self.made])
             return mix(float(signal), latents, float(level), noise)
-        noised: Tensor = self.scheduler.add_noise(latents, noise, self.timesteps[i : i + 1].repeat(len(latents)))
+        next_one = self.timesteps[self.made : self.made + 1]
+        noised: Tensor = self.scheduler.add_noise(latents, noise, next_one.repeat(len(latents)))
         return noised
 
+    def model_input(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What the UNet is to see of the latents (B, C, H, W), and the timestep, a scalar."""
+        t = self.timesteps[self.made]
+        seen = self.scheduler.scale_model_input(latents, t)
+        return seen, t * self._time_scale if self._time_scale != 1 else t
 
-class SharedRun:
-    """All pictures take the same steps, by the public methods of any scheduler."""
-
-    def __init__(self, start: Start, batch: int, eta: float, generator: Generator) -> None:
-        self.start, self.batch, self.generator = start, batch, generator
-        self.order_of_pictures = list(range(batch))
-        self.scheduler, self.timesteps, self.time_scale = start.scheduler, start.timesteps, start.time_scale
-        self.order = getattr(start.scheduler, "order", 1)
-        taken = inspect.signature(start.scheduler.step).parameters
-        self.arguments = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in taken}
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def restart(self) -> None:
-        """See `Run`."""
-        self.start.set()
-
-    def active(self, i: int) -> int:
-        """The whole batch."""
-        return self.batch
-
-    def model_input(self, i: int, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Run`."""
-        t = self.timesteps[i]
-        return self.scheduler.scale_model_input(latents, t), t * self.time_scale if self.time_scale != 1 else t
-
-    def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        """See `Run`."""
-        arguments = {**self.arguments, "return_dict": False}
-        stepped: Tensor = self.scheduler.step(prediction, self.timesteps[i], latents, **arguments)[0]
+    def step(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """The latents (B, C, H, W) after the UNet's prediction (B, C, H, W)."""
+        options = {**self.options, "generator": self.generator} if self.draws else self.options
+        t = self.timesteps[self.made]
+        stepped: Tensor = self.scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
+        self.made += 1
         return stepped
 
-    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """See `Run`."""
-        return self.start.noised(latents, noise, i)
 
+class Run:
+    """A batch's way through its solvers, see the module. Its pictures come in the order of its parts."""
 
-class PerImageRun:
-    """Each picture takes its own rows, gathered for each step; those with most steps come first in the batch."""
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
 
-    def __init__(self, starts: Sequence[Start], eta: float, generator: Generator) -> None:
-        self.order_of_pictures = sorted(range(len(starts)), key=lambda i: -len(starts[i].timesteps))
-        self.starts = [starts[i] for i in self.order_of_pictures]
-        self.generator = generator
-        if isinstance(generator, (list, tuple)):
-            self.generator = [generator[i] for i in self.order_of_pictures]
-        scheduler: Scheduler = starts[0].scheduler
-        self.threshold, self.order = scheduler.threshold, scheduler.order
-        options = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
-        self.rows: list[list[Row]] = [
-            start.scheduler.rows(start.first, **options) if len(start.timesteps) else [] for start in self.starts
-        ]
-        self.memory: Memory | None = None
+    @classmethod
+    def begin(
+        cls, scheduler: Any, pictures: int, steps: Steps, generator: Generator, device: torch.device | str | None = None
+    ) -> Run:
+        """Where a batch begins: one part for all, or one for each picture if their steps differ.
 
-    def __len__(self) -> int:
-        return len(self.rows[0])
+        Raises:
+            ValueError: The scheduler cannot do what is asked.
 
-    def restart(self) -> None:
-        """See `Run`."""
-        self.memory = None
-        for start in self.starts:
-            start.set()
-
-    def active(self, i: int) -> int:
-        """Pictures that have an i-th row."""
-        return sum(i < len(rows) for rows in self.rows)
-
-    def _row(self, i: int, count: int, device: torch.device) -> Row:
-        rows = [self.rows[k][i] for k in range(count)]
-        return row_functions.per_sample(rows, lambda v: torch.from_numpy(v).to(device, torch.float32))
-
-    def model_input(self, i: int, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Run`."""
-        row = self._row(i, len(latents), latents.device)
-        time_scale = torch.tensor([start.time_scale for start in self.starts[: len(latents)]])
-        return (latents * row.scale).to(latents.dtype), row.t.flatten() * time_scale.to(latents.device)
-
-    def step(self, i: int, prediction: Tensor, latents: Tensor) -> Tensor:
-        """See `Run`."""
-        count, x = len(latents), latents.float()
-        row = self._row(i, count, x.device)
-        memory = self.memory or row_functions.blank_memory(x, len(row.b))
-        memory = Memory(memory.anchor[:count], tuple(m[:count] for m in memory.history))
-        noise = self._noise(i, x)
-        x, _, _, self.memory = row_functions.step(
-            row, x, prediction.float(), memory, noise, threshold=self.threshold, xp=torch
-        )
-        return x.to(latents.dtype)
-
-    def noised(self, i: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """See `Run`."""
-        return noised(self.starts[: len(latents)], latents, noise, i)
-
-    def _noise(self, i: int, x: Tensor) -> Tensor:
-        """Each picture's noise, from its own generator; zeros where its row draws none."""
-        many = self.generator if isinstance(self.generator, list) else [self.generator] * len(self.starts)
-        drawn = [
-            start.scheduler.draw_noise(x[k : k + 1], many[k], start.first + i)
-            if self.rows[k][i].draw
-            else torch.zeros_like(x[k : k + 1])
-            for k, start in enumerate(self.starts[: len(x)])
-        ]
-        return torch.cat(drawn)
-
-
-def starts(
-    scheduler: Any,
-    batch: int,
-    settings: Mapping[str, Sequence[Any]],
-    grid: Mapping[str, Any],
-    *,
-    exact: bool,
-    device: torch.device,
-) -> list[Start]:
-    """Where the pictures' runs begin: one start for all of them, or one for each.
-
-    Args:
-        settings: `strength` and `num_inference_steps`, each with one value or `batch` of them.
-        grid: `timesteps` or `sigmas` of one's own, or `None` for both.
-        exact: See `Start`.
-    """
-    strengths, steps = settings["strength"], settings["num_inference_steps"]
-    own = {name: value for name, value in grid.items() if value is not None}
-    alike = len(strengths) == len(steps) == len(settings["guidance_scale"]) == 1
-    if not isinstance(scheduler, Scheduler) and not alike:
-        raise ValueError(
-            f"scheduler: {type(scheduler).__name__} is not one of sdedit's; settings of each picture's own need one of "
-            "those: sdedit.schedulers.make_scheduler(name, pipe.scheduler.config)"
-        )
-    if exact and own:
-        raise ValueError("exact_steps: timesteps or sigmas of one's own choose the steps; expected num_inference_steps")
-    made = []
-    for i in range(1 if alike else batch):
-        chosen = own or {"num_inference_steps": steps[i % len(steps)]}
-        of_its_own = scheduler if alike else copy.copy(scheduler)
-        made.append(Start(of_its_own, strengths[i % len(strengths)], exact, **chosen, device=device))
-        if strengths[i % len(strengths)] > 0 and not len(made[-1].timesteps):
-            warnings.warn(
-                f"strength={strengths[i % len(strengths)]:g} of {steps[i % len(steps)]} steps leaves none to run: the "
-                "picture is the image through the VAE; more steps, more strength or exact_steps=True change it",
-                stacklevel=3,
+        Warns:
+            Strength leaves a picture no step.
+        """
+        if steps.exact and steps.grid:
+            raise ValueError(
+                "exact_steps: timesteps or sigmas of one's own choose the steps; expected num_inference_steps"
             )
+        alike = len(steps.strengths) == len(steps.counts) == 1
+        sizes = [pictures] if alike else [1] * pictures
+        parts = []
+        for i, (size, share) in enumerate(zip(sizes, _shares(generator, sizes), strict=True)):
+            strength, count = steps.strengths[i % len(steps.strengths)], steps.counts[i % len(steps.counts)]
+            chosen = {**(steps.grid or {"num_inference_steps": count}), "device": device}
+            options: dict[str, Any] = {"exact": steps.exact, "eta": steps.eta, **chosen}
+            parts.append(Part(scheduler, size, share, strength, **options))
+            if strength > 0 and not parts[-1].calls:
+                warnings.warn(
+                    f"strength={strength:g} of {count} steps leaves none to run: the picture is the image through the "
+                    "VAE; more steps, more strength or exact_steps=True change it",
+                    stacklevel=5,
+                )
+        return cls(parts)
+
+    def restart(self, generator: Generator) -> None:
+        """Go back to the first step; `generator` is that of the whole batch."""
+        for part, share in zip(self.parts, _shares(generator, self._sizes), strict=True):
+            part.restart(share)
+
+    def join(self, other: Run) -> Run:
+        """The pictures of both runs, as far as each has come."""
+        return Run([*self.parts, *other.parts])
+
+    def take(self, pictures: Sequence[int]) -> Run:
+        """The run of some of the pictures; the others leave.
+
+        Raises:
+            ValueError: A part would be torn: its pictures share their solver's memory.
+        """
+        ends = np.cumsum(self._sizes).tolist()
+        kept = [(part, end) for part, end in zip(self.parts, ends, strict=True) if end - 1 in pictures]
+        if [i for part, end in kept for i in range(end - part.pictures, end)] != list(pictures):
+            raise ValueError(f"pictures={list(pictures)}; expected all of a part or none, in order, of {self._sizes}")
+        return Run([part for part, _ in kept])
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [part.pictures for part in self.parts]
+
+    @property
+    def calls(self) -> int:
+        """UNet calls until the last picture is done."""
+        return max((part.calls for part in self.parts), default=0)
+
+    @property
+    def under_way(self) -> list[int]:
+        """The pictures that have steps to go."""
+        going = [bool(part.calls) for part in self.parts for _ in range(part.pictures)]
+        return [i for i, goes in enumerate(going) if goes]
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the solver, for each part."""
+        return [part.steps for part in self.parts]
+
+    @property
+    def steps_taken(self) -> list[int]:
+        """Those of them that are over."""
+        return [part.steps_taken for part in self.parts]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise level σ/α of the first step, for each part; 0 without steps."""
+        return [part.sigma for part in self.parts]
+
+    @property
+    def scheduler(self) -> Any:
+        """That of the part with most steps."""
+        return max(self.parts, key=lambda part: len(part.timesteps)).scheduler
+
+    def calls_within(self, share: float) -> list[int]:
+        """How many UNet calls lie in the first `share` of the run, for each picture."""
+        counts = [(part.pictures, len(part.timesteps)) for part in self.parts]
+        return [sum(i / calls < share for i in range(calls)) for pictures, calls in counts for _ in range(pictures)]
+
+    def call_of(self, strengths: Array) -> Array:
+        """See `Part.call_of`; (B, …) → (B, …)."""
+        split = np.split(strengths, np.cumsum(self._sizes)[:-1])
+        return np.concatenate([part.call_of(own) for part, own in zip(self.parts, split, strict=True)])
+
+    def noised(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents (B, C, H, W), each at the level that its next UNet call sees; as they are after the last."""
+        return self._each(Part.noised, latents, noise)
+
+    def step(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """The latents (B, C, H, W) after the UNet's prediction (B, C, H, W)."""
+        return self._each(Part.step, prediction, latents)
+
+    def model_input(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What the UNet is to see of the latents (B, C, H, W), and the timestep: a scalar, or (B,) of several parts."""
+        if len(self.parts) == 1:
+            return self.parts[0].model_input(latents)
+        seen = [part.model_input(own) for part, own in zip(self.parts, latents.split(self._sizes), strict=True)]
+        times = [t.float().expand(part.pictures) for part, (_, t) in zip(self.parts, seen, strict=True)]
+        return torch.cat([sample for sample, _ in seen]), torch.cat(times)
+
+    def _each(self, method: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+        """A method of each part, with its pictures."""
+        if len(self.parts) == 1:
+            return method(self.parts[0], *batches)
+        split = zip(*(batch.split(self._sizes) for batch in batches), strict=True)
+        return torch.cat([method(part, *own) for part, own in zip(self.parts, split, strict=True)])
+
+
+def of_its_own(scheduler: Any) -> Any:
+    """A scheduler that can be set and stepped while others use the one that it was made of.
+
+    One whose methods somebody replaced on the object is taken as it is, for what replaced them may hold the object.
+    """
+    if any(callable(getattr(type(scheduler), name, None)) for name in vars(scheduler)):
+        return scheduler
+    made = copy.copy(scheduler)
+    # Other libraries' keep what they remember in lists.
+    vars(made).update({name: list(value) for name, value in vars(made).items() if isinstance(value, list)})
     return made
 
 
-def noised(starts: Sequence[Start], latents: Tensor, noise: Tensor, i: int = 0) -> Tensor:
-    """Clean latents (B, C, H, W), each at the level that the i-th UNet call of its run sees."""
-    if len(starts) == 1:
-        return starts[0].noised(latents, noise, i)
-    return torch.cat([s.noised(latents[k : k + 1], noise[k : k + 1], i) for k, s in enumerate(starts)])
+def show(scheduler: Any, run: Run) -> None:
+    """Let the scheduler that users hold be as if it had made the run: they read `timesteps` and `sigmas` of it."""
+    made = run.scheduler
+    if made is not scheduler and getattr(made, "config", None) is getattr(scheduler, "config", scheduler):
+        vars(scheduler).update(vars(made))
 
 
-def make(starts: Sequence[Start], batch: int, eta: float, generator: Generator) -> Run:
-    """The run of a batch: shared if there is one start for all of it."""
-    if len(starts) == 1:
-        return SharedRun(starts[0], batch, eta, generator)
-    return PerImageRun(starts, eta, generator)
-
-
-def first(batch: Tensor | None, count: int, whole: int | None = None) -> Any:
-    """The first pictures of a batch (B, …), of each of its halves if it holds two of `whole` pictures."""
-    if batch is None or count == (whole or len(batch)):
-        return batch
-    return batch[:count] if whole is None else batch.unflatten(0, (-1, whole))[:, :count].flatten(0, 1)
+def _shares(generator: Generator, sizes: Sequence[int]) -> list[Any]:
+    """The generators of each part; the same for all if there is but one."""
+    if not isinstance(generator, (list, tuple)):
+        return [generator] * len(sizes)
+    ends = np.cumsum(sizes).tolist()
+    return [
+        generator[end - 1] if size == 1 else generator[end - size : end] for end, size in zip(ends, sizes, strict=True)
+    ]

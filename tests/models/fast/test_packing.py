@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from conftest import UNET
 from sdedit import UNet2DConditionModel
 from sdedit.models.fast import packing
+from sdedit.models.fast.full_speed import QUICK, one_run
 from sdedit.models.layers import ResnetBlock2D, Upsample2D
-from sdedit.models.unet import one_run
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply in bfloat16"
@@ -26,8 +27,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(network: nn.Module, *inputs: Tensor) -> Tensor:
-    with torch.no_grad(), packing.packing(network):
+    with torch.no_grad(), packing.PACKING.installed(network), packing.use_layouts({}):
         return network(*inputs)  # type: ignore[no-any-return]
+
+
+def copies(network: nn.Module) -> list[Tensor]:
+    return [copy for p in network.parameters() if p in packing._known for copy in packing._known[p].copies()]
 
 
 @given(
@@ -77,12 +82,12 @@ def test_weights_are_packed_once(unet: UNet2DConditionModel) -> None:
     with one_run(unet):
         assert torch.equal(unet(*GIVEN).sample, plain)
     assert [type(layer) for layer in unet.modules()] == kinds
-    packed = [packing._known[p].packed for p in unet.parameters() if p in packing._known]
+    packed = copies(unet)
     assert len(packed) > 60
     for _ in range(2):
         with one_run(unet):
             assert torch.equal(unet(*GIVEN).sample, plain)
-    again = [packing._known[p].packed for p in unet.parameters() if p in packing._known]
+    again = copies(unet)
     assert all(a is b for a, b in zip(packed, again, strict=True))
     with pytest.raises(RuntimeError, match="within"), one_run(unet):
         raise RuntimeError("within")
@@ -93,7 +98,7 @@ def test_weights_are_packed_once(unet: UNet2DConditionModel) -> None:
 def test_packed_weights_go_with_the_plain_ones() -> None:
     layer = nn.Linear(16, 16).bfloat16()
     run(layer, torch.eye(16).bfloat16())
-    packed = weakref.ref(packing._known[layer.weight].packed)
+    packed = weakref.ref(copies(layer)[0])
     del layer
     gc.collect()
     assert packed() is None
@@ -161,7 +166,7 @@ def test_what_does_not_suit_stays_as_it_is() -> None:
         hooked,
     ]
     network = nn.ModuleList([*others, nn.Linear(4, 4).bfloat16()])
-    with packing.packing(network):
+    with packing.PACKING.installed(network):
         kinds = [type(layer) for layer in network]
     assert kinds == [*map(type, others), packing.PackedLinear]
 
@@ -169,7 +174,7 @@ def test_what_does_not_suit_stays_as_it_is() -> None:
 def test_a_network_that_learns_within_a_run_gets_gradients() -> None:
     layers = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Linear(6, 4)).bfloat16()
     x = torch.randn(1, 4, 6, 6).bfloat16()
-    with packing.packing(layers):
+    with packing.PACKING.installed(layers), packing.use_layouts({}):
         layers(x).sum().backward()
     assert all(p.grad is not None for p in layers.parameters())
 
@@ -177,9 +182,10 @@ def test_a_network_that_learns_within_a_run_gets_gradients() -> None:
 @torch.no_grad()
 def test_a_packed_convolution_of_an_enlarged_map_is_still_four_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Upsample2D(16).bfloat16(), torch.randn(2, 16, 7, 9).bfloat16()
-    plain = layer(x)
     monkeypatch.setattr(torch.nn.functional, "interpolate", None)  # never made large
-    assert torch.equal(run(layer, x), plain)
+    with QUICK.installed(layer):
+        plain = layer(x)
+        assert torch.equal(run(layer, x), plain)
 
 
 @torch.no_grad()
@@ -197,3 +203,70 @@ def test_compiled_blocks_share_what_is_compiled() -> None:
     assert counters["stats"]["unique_graphs"] == 1
     for a, b in zip(made, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_layouts_that_were_last_used_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_layout", lambda packed: bytes(packed.flatten().tolist()))
+    monkeypatch.setattr(packing, "LAYOUTS", 2)
+    layouts, asked = packing.Layouts(nn.Linear(4, 4).bfloat16().weight), []
+
+    def ask(shape: int) -> Tensor:
+        """Shapes 1 and 11 have the same layout."""
+        return layouts.copy_for(shape, lambda: (asked.append(shape), torch.tensor(shape % 10))[1])
+
+    one = ask(1)
+    assert ask(11) is one and ask(1) is one and asked == [1, 11]
+    two = ask(2)
+    assert ask(1) is one and ask(2) is two and asked == [1, 11, 2]
+    ask(1), ask(3)  # 2 goes
+    assert [int(copy) for copy in layouts.copies()] == [1, 3] and ask(11) is one
+    assert ask(2) is not two and asked == [1, 11, 2, 3, 2]
+
+
+@torch.no_grad()
+def test_copies_take_no_more_memory_than_is_said() -> None:
+    layer = nn.Conv2d(128, 128, 3, padding=1).bfloat16()
+    sizes = [(1, 8), (2, 8), (1, 12), (8, 16), (1, 24), (2, 32), (4, 48)]
+    for batch, side in [*sizes, *sizes]:
+        x = torch.randn(batch, 128, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+        assert torch.equal(run(layer, x), layer(x))
+        assert (
+            1 <= sum(torch.ops.mkldnn._nbytes(copy) for copy in copies(layer)) / layer.weight.nbytes <= packing.LAYOUTS
+        )
+
+
+@torch.no_grad()
+def test_calls_that_change_their_number_of_pictures_pack_nothing_again(
+    unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[Any] = []
+    plain = packing.Layouts.copy_for
+    monkeypatch.setattr(
+        packing.Layouts,
+        "copy_for",
+        lambda self, shape, pack: plain(self, shape, lambda: (packed.append(shape), pack())[1]),
+    )
+    counts = []
+    for _ in range(3):
+        with one_run(unet):
+            for batch in (1, 2, 4):
+                unet(torch.randn(batch, 4, 8, 8).bfloat16(), 5, torch.randn(batch, 7, 32).bfloat16())
+            counts.append(len(packed))
+    assert 0 < counts[0] == counts[2]
+
+
+def test_threads_pack_a_weight_once() -> None:
+    layer, x = nn.Linear(64, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        plain = layer(x)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: run(layer, x), range(16)))
+    assert all(torch.equal(one, plain) for one in made) and len(copies(layer)) == 1
+
+
+@torch.no_grad()
+def test_a_thread_without_a_run_multiplies_by_plain_weights() -> None:
+    layer, x = nn.Linear(8, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    plain = layer(x)
+    with packing.PACKING.installed(layer):
+        assert torch.equal(layer(x), plain) and not copies(layer)

@@ -24,6 +24,7 @@ from sdedit.files import read_json, write_atomically
 from sdedit.inputs import checks
 from sdedit.inputs.images import read_images, write_images
 from sdedit.inputs.pixels import open_image
+from sdedit.noise import seeded
 
 RESAMPLES = 2000
 
@@ -167,7 +168,7 @@ def _draw(pipe: Any, prompts: Sequence[str], jobs: Sequence[Any], seed: int, set
         [prompts[i] for _, _, i, _ in jobs],
         [image for _, image, _, _ in jobs],
         strength=[s for *_, s in jobs],
-        generator=[torch.Generator().manual_seed(seed + i) for _, _, i, _ in jobs],
+        generator=[seeded(seed + i) for _, _, i, _ in jobs],
         exact_steps=True,
         **settings,
     )

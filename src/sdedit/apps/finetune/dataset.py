@@ -15,7 +15,7 @@ from sdedit.apps.finetune.objective import fresh_rng
 from sdedit.apps.folders import Example, fitted
 from sdedit.inputs.images import read_images
 from sdedit.inputs.pixels import open_image
-from sdedit.noise import retry_in_float32
+from sdedit.noise import Generator, retry_in_float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def encode_pictures(
         generator = fresh_rng(seed, 2, n)[1]
         batch = torch.cat([pixels, *(guide(pixels, generator) for _ in range(guides))])
         batch = torch.stack([batch, batch.flip(-1)] if flip else [batch])
-        found = retry_in_float32("VAE encoder", vae, functools.partial(_distribution, vae, batch.flatten(0, 1)))
+        found = retry_in_float32("VAE encoder", vae, functools.partial(_distribution, batch.flatten(0, 1)))
         both.append(found.float().cpu().unflatten(1, batch.shape[:2]) * vae.config.scaling_factor)
         done()
     mean, std = torch.stack(both, 1)
@@ -71,9 +71,9 @@ def guide(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return F.interpolate(small, (height, width), mode="bilinear", align_corners=False).clamp(-1, 1)
 
 
-def _distribution(vae: Any, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def _distribution(pixels: Tensor, vae: Any, _: Generator) -> Tensor:
     """Mean and deviation of the latents, (2, B, C, h, w); those of a tiny VAE have no deviation."""
-    encoded = vae.encode(pixels.to(vae.device, dtype))
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
     if hasattr(encoded, "latents"):
         return torch.stack([encoded.latents, torch.zeros_like(encoded.latents)])
     return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std])

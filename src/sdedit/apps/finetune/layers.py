@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdedit.apps.finetune.settings import Settings
 from sdedit.models import adapters
 from sdedit.models.factors import Factors
+from sdedit.noise import seeded
 
 ADAPTER = "learning"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -31,7 +32,7 @@ def trainable(pipe: Any, settings: Settings) -> Iterator[dict[str, nn.Parameter]
     """
     targets = {"unet": settings.targets} | ({"text_encoder": TEXT_TARGETS} if settings.text_encoder else {})
     models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in targets}
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = seeded(settings.seed)
     parts = {
         name: _new_parts(models[name], names, settings.rank, settings.scale_alpha, generator)
         for name, names in targets.items()

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from sdedit.apps.finetune.settings import Settings
 from sdedit.apps.folders import Example
 from sdedit.apps.sheets import contact_sheet
 from sdedit.files import write_atomically
+from sdedit.noise import seeded
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Samples:
                     strength=self.strength if self.images else 1.0,
                     num_inference_steps=self.steps,
                     guidance_scale=self.guidance,
-                    generator=torch.Generator().manual_seed(self.seed),
+                    generator=seeded(self.seed),
                 ).images[0]
                 for prompt, image in zip(prompts, images or [grey] * len(prompts), strict=True)
             ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Option
 
 from sdedit.inputs import checks
 
@@ -14,49 +16,48 @@ PRECISIONS = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train a LoRA.
+    """How to train a LoRA: what is annotated here are the options of `sdedit train lora`, too.
 
-    Attributes:
-        steps: Updates of the weights.
-        batch_size: Pictures in one pass through the network.
-        accumulation: Passes for one update: gradients of `batch_size * accumulation` pictures count.
-        learning_rate: At its peak; it rises for `warmup` steps and falls to zero along a cosine.
-        warmup: Steps.
-        rank: Inner size of the LoRA's products.
-        alpha: The LoRA is scaled by alpha / rank; the rank if not given.
-        targets: Ends of the names of the UNet's layers that learn, linear or convolutions.
-        text_encoder: The text encoder's attention learns too.
-        min_snr_gamma: See `Objective`; `None` for plain squared error.
-        prompt_dropout: Share of pictures that are shown without their caption, for guidance.
-        caption: "{}" stands for the picture's own caption; without it, the caption of all pictures.
-        size: Side of the square that pictures are cut to, in pixels; the model's own if not given.
-        flip: Show pictures mirrored half of the time.
-        guided: Share of samples at middling and high noise that start as a user's image might: from a blurred and
-            recoloured copy of the picture, while the picture is what is to be predicted. So colours of an image that
-            the style does not have give way at a lower strength.
-        precision: What autocast computes in: "bfloat16" or "float32" (that is, no autocast).
-        seed: Same seed and settings, same LoRA.
+    Gradients of `batch_size * accumulation` pictures count for one update. The learning rate rises for `warmup` updates
+    and falls to zero along a cosine. For `min_snr_gamma` see `Objective`; `None` or 0 is plain squared error. With
+    `guided`, a share of the samples at middling and high noise starts as a user's image might: from a blurred and
+    recoloured copy of the picture, while the picture is what is to be predicted; so colours of an image that the style
+    does not have give way at a lower strength. `precision` is what autocast computes in; float32 is without it.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
     """
 
-    steps: int = 1000
-    batch_size: int = 4
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    warmup: int = 50
-    rank: int = 8
-    alpha: float | None = None
-    targets: tuple[str, ...] = ATTENTION
-    text_encoder: bool = False
-    min_snr_gamma: float | None = 5.0
-    prompt_dropout: float = 0.1
-    caption: str = "{}"
-    size: int | None = None
-    flip: bool = False
-    guided: float = 0.0
-    precision: str = "bfloat16"
-    seed: int = 0
+    steps: Annotated[int, Option(min=1, help="Updates of the weights.")] = 1000
+    batch_size: Annotated[int, Option("--batch", min=1, help="Pictures in one pass through the network.")] = 4
+    accumulation: Annotated[int, Option("--accumulate", min=1, help="Passes for one update.")] = 1
+    learning_rate: Annotated[float, Option("--rate", help="Learning rate at its peak, above 0.")] = 1e-4
+    warmup: Annotated[int, Option(min=0, help="Updates until the learning rate is at its peak.")] = 50
+    rank: Annotated[int, Option(min=1, help="Size of the LoRA: 4 to 16 for a style.")] = 8
+    alpha: Annotated[float | None, Option(help="The LoRA is scaled by alpha / rank; the rank if not given.")] = None
+    targets: Annotated[
+        tuple[str, ...],
+        Option(help="Ends of the names of the UNet's layers that learn, linear or convolutions, with commas."),
+    ] = ATTENTION
+    text_encoder: Annotated[bool, Option(help="The text encoder's attention learns too.")] = False
+    min_snr_gamma: Annotated[
+        float | None, Option("--min-snr", min=0, help="Gamma of min-SNR weighting; 0 turns it off.")
+    ] = 5.0
+    prompt_dropout: Annotated[
+        float, Option("--dropout", min=0, max=1, help="Share of pictures shown without their caption, for guidance.")
+    ] = 0.1
+    caption: Annotated[str, Option(help="'{}' stands for a picture's own: '{}, blueprint'.")] = "{}"
+    size: Annotated[int | None, Option(min=8, help="Side of the pictures in pixels; the model's own.")] = None
+    flip: Annotated[bool, Option(help="Show pictures mirrored half of the time.")] = False
+    guided: Annotated[
+        float,
+        Option(min=0, max=1, help="Share of samples that start from recoloured, blurred pictures, as a user's image."),
+    ] = 0.0
+    precision: Annotated[str, Option(help="bfloat16 or float32.")] = "bfloat16"
+    seed: Annotated[int, Option(min=0, help="Same seed and settings, same LoRA.")] = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "min_snr_gamma", self.min_snr_gamma or None)
         for name in ("steps", "batch_size", "accumulation", "rank"):
             checks.whole_number(name, getattr(self, name), 1)
         for name in ("warmup", "seed"):

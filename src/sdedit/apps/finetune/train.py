@@ -30,7 +30,7 @@ from sdedit.apps.finetune.workers import Workers
 from sdedit.apps.folders import Example, read_folder
 from sdedit.inputs import checks, prompts
 from sdedit.models import adapters
-from sdedit.models.attention_options import fused
+from sdedit.models.attention_options import has_fused_projections
 
 GUIDES = 8  # different ones to each picture
 GUIDED_FROM = 0.25  # the share of noise levels, the lowest, at which samples start from the picture alone
@@ -318,7 +318,7 @@ def _check_pipe(pipe: Any, settings: Settings) -> None:
         raise ValueError("pipe: it has no text encoder or tokenizer, and captions need both")
     if adapters.layers(pipe.unet) or adapters.layers(pipe.text_encoder) or pipe.unet.encoder_hid_proj is not None:
         raise ValueError("pipe: it has adapters; unload_lora_weights and unload_ip_adapter first")
-    if fused(pipe.unet):
+    if has_fused_projections(pipe.unet):
         raise ValueError("pipe: its projections are fused; unfuse_qkv_projections first")
     allowed = (torch.float32, torch.bfloat16)
     if pipe.dtype not in allowed:

@@ -11,23 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FreeU:
-    """In the first two blocks on the way up, more of the features from below, less of the skips' lowest frequencies.
+    """A way to take a skip in: more of the features from below, less of the skip's lowest frequencies.
 
     Attributes:
-        skips: Weight of those frequencies, for the first and the second block; 1 changes nothing.
+        skip: Weight of those frequencies; 1 changes nothing.
         backbone: Weight of the first half of the channels from below, likewise.
     """
 
-    skips: tuple[float, float]
-    backbone: tuple[float, float]
+    skip: float
+    backbone: float
 
-    def __call__(self, stage: int, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """Features from below (B, C, H, W) and a skip (B, C', H, W) of the block `stage`, as they are to be used."""
-        if stage >= len(self.skips):
-            return x, skip
+    def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Features from below (B, C, H, W) and a skip (B, C', H, W), reweighed, as one map (B, C + C', H, W)."""
         first, rest = x.tensor_split([x.shape[1] // 2], dim=1)
-        scaled = skip.float() + (self.skips[stage] - 1) * lowest(skip.float())
-        return torch.cat([first * self.backbone[stage], rest], dim=1), scaled.to(skip.dtype)
+        scaled = skip.float() + (self.skip - 1) * lowest(skip.float())
+        return torch.cat([first * self.backbone, rest, scaled.to(skip.dtype)], dim=1)
 
 
 def lowest(x: Tensor) -> Tensor:

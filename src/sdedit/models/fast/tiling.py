@@ -1,11 +1,11 @@
-"""A network run on feature maps of which only strips exist: exact, in a fraction of the memory.
+"""A network run on feature maps of which only tiles exist: exact, in a fraction of the memory.
 
-Tiles that know nothing of each other leave seams, because a GroupNorm's statistics are those of the whole map. So here
-a layer that is called with `Strips` instead of a tensor computes nothing yet: it gives other `Strips`, which can make
-their rows from rows of the first, a convolution from as many more above and below as its kernel reaches. Only a norm
-reads its input through, for the statistics; what it reads is kept if the budget allows, and made again at the next
-reading if not. The network's own `forward` runs as it is, by `__torch_function__`; a function that is not known here
-gets the whole tensor.
+Tiles that know nothing of each other leave seams, because a GroupNorm's statistics are those of the whole map. Here a
+tile is some rows over the whole width, and a layer that is called with a `TiledMap` instead of a tensor computes
+nothing yet: it gives another, which can make its rows from rows of the first, a convolution from as many more above and
+below as its kernel reaches. Only a norm reads its input through, for the statistics; what it reads is kept if the
+budget allows, and made again at the next reading if not. The network's own `forward` runs as it is, by
+`__torch_function__`; a function that is not known here gets the whole tensor.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdedit.models.layers import convolve_doubled
+from sdedit.models.fast.quick_layers import convolve_doubled
 
-# Bytes and rows of a strip: little beside the maps that are kept (every layer since the last one that is kept has a
-# strip or two), and enough for convolutions to be efficient.
-_STRIP = 4 << 20
-_STRIPS_IN_BUDGET = 64
+# Bytes and rows of a tile: little beside the maps that are kept (every layer since the last one that is kept has a
+# tile or two), and enough for convolutions to be efficient.
+_TILE = 4 << 20
+_TILES_IN_BUDGET = 64
 _ROWS = 8
 _BEHIND = 4
 
@@ -41,19 +41,19 @@ class Budget:
 
     def __init__(self, size: int, reserve: int = 0) -> None:
         self.size, self.reserve = size, reserve
-        self._kept: weakref.WeakSet[Strips] = weakref.WeakSet()
+        self._kept: weakref.WeakSet[TiledMap] = weakref.WeakSet()
 
-    def allows(self, rows: Strips) -> bool:
+    def allows(self, rows: TiledMap) -> bool:
         """May this one be kept too?"""
         used = sum(kept.nbytes for kept in self._kept if kept.tensor is not None)
         return used + rows.nbytes + (0 if rows.is_sum else self.reserve) <= self.size
 
-    def count(self, rows: Strips) -> None:
+    def count(self, rows: TiledMap) -> None:
         """It is kept from now on, until nobody needs it."""
         self._kept.add(rows)
 
 
-class Strips:
+class TiledMap:
     """A feature map (B, C, H, W) whose rows are made when they are read.
 
     Attributes:
@@ -67,16 +67,16 @@ class Strips:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, budget: Budget, make: Make) -> None:
         self.shape, self.dtype, self.budget = torch.Size(shape), dtype, budget
         self._make = make
-        self._made: list[tuple[int, Tensor]] = []  # strips that may be read again, each with its first row
+        self._made: list[tuple[int, Tensor]] = []  # tiles that may be read again, each with its first row
         self.tensor: Tensor | None = None
         self.cheap = False
         self.is_sum = False
-        self.replaces: Strips | None = None
+        self.replaces: TiledMap | None = None
         self.readers = 0
 
-    def like(self, make: Make, shape: Sequence[int] | None = None) -> Strips:
+    def like(self, make: Make, shape: Sequence[int] | None = None) -> TiledMap:
         """Another map, of the same budget and, if none is given, of the same shape."""
-        return Strips(self.shape if shape is None else shape, self.dtype, self.budget, make)
+        return TiledMap(self.shape if shape is None else shape, self.dtype, self.budget, make)
 
     @property
     def nbytes(self) -> int:
@@ -85,15 +85,15 @@ class Strips:
 
     @property
     def step(self) -> int:
-        """Rows of a strip: all have as many, but for the last."""
-        size = min(_STRIP, self.budget.size // _STRIPS_IN_BUDGET)
+        """Rows of a tile: all have as many, but for the last."""
+        size = min(_TILE, self.budget.size // _TILES_IN_BUDGET)
         count = -(-self.shape[2] // max(size * self.shape[2] // self.nbytes, _ROWS))
         return -(-self.shape[2] // count)
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Rows (B, C, bottom - top, W).
 
-        Whole strips are made: oneDNN keeps a compiled convolution, and memory for it, for each shape it has seen.
+        Whole tiles are made: oneDNN keeps a compiled convolution, and memory for it, for each shape it has seen.
         """
         if self.tensor is not None:
             return self.tensor[:, :, top:bottom]
@@ -106,21 +106,21 @@ class Strips:
         while end < bottom:
             self._made.append((end, self._make(end, min(end + step, height))))
             end = _end(self._made[-1])
-        # What another reader has still to read: it may be a few strips behind.
+        # What another reader has still to read: it may be a few tiles behind.
         unread = top if self.readers < 2 else top - _BEHIND * step
-        self._made = [strip for strip in self._made if _end(strip) > unread]
-        wanted = [strip for strip in self._made if strip[0] < bottom and _end(strip) > top]
+        self._made = [tile for tile in self._made if _end(tile) > unread]
+        wanted = [tile for tile in self._made if tile[0] < bottom and _end(tile) > top]
         parts = [rows[:, :, max(top - first, 0) : bottom - first] for first, rows in wanted]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def sweep(self, keep: bool) -> Iterator[Tensor]:
-        """All rows, from the top, a strip at a time; if asked, the whole is kept when they have been read."""
+        """All rows, from the top, a tile at a time; if asked, the whole is kept when they have been read."""
         step = self.step
         whole = self._place() if keep else None
         waiting: tuple[int, Tensor] | None = None
         for top in range(0, self.shape[2], step):
             rows = self.read(top, min(top + step, self.shape[2]))
-            # One strip late: where the whole replaces another map, the rows beside a strip are still to be read.
+            # One tile late: where the whole replaces another map, the rows beside a tile are still to be read.
             if whole is not None and waiting is not None:
                 whole[:, :, waiting[0] : top] = waiting[1]
             waiting = (top, rows)
@@ -169,19 +169,19 @@ class Strips:
         kwargs = kwargs or {}
         if func in _FUNCTIONS and (made := _FUNCTIONS[func](func, *args, **kwargs)) is not NotImplemented:
             for source in args:
-                if isinstance(source, Strips):
+                if isinstance(source, TiledMap):
                     source.readers += 1
             return made
 
         def whole(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(whole(v) for v in value)
-            return value.whole() if isinstance(value, Strips) else value
+            return value.whole() if isinstance(value, TiledMap) else value
 
         return func(*whole(args), **{name: whole(value) for name, value in kwargs.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself for another device: strips are made where the network's weights are."""
+        """Itself for another device: tiles are made where the network's weights are."""
         if len(args) == 1 and isinstance(args[0], (str, int, torch.device)):
             return self
         return self.whole().to(*args, **kwargs)
@@ -206,31 +206,31 @@ class Strips:
 
 
 def run(network: Callable[[Any], Any], x: Tensor, budget: Budget) -> Tensor:
-    """`network(x)` for x (B, C, H, W), a strip at a time."""
-    made = network(Strips(x.shape, x.dtype, budget, lambda top, bottom: x[:, :, top:bottom]))
-    return made.whole() if isinstance(made, Strips) else made
+    """`network(x)` for x (B, C, H, W), a tile at a time."""
+    made = network(TiledMap(x.shape, x.dtype, budget, lambda top, bottom: x[:, :, top:bottom]))
+    return made.whole() if isinstance(made, TiledMap) else made
 
 
-def _end(strip: tuple[int, Tensor]) -> int:
-    """The row after the last of a strip."""
-    return strip[0] + strip[1].shape[2]
+def _end(tile: tuple[int, Tensor]) -> int:
+    """The row after the last of a tile."""
+    return tile[0] + tile[1].shape[2]
 
 
 def _replaced(top: int, bottom: int) -> Tensor:
-    raise RuntimeError("strips: a feature map is read after the one that took its place: not a network for strips")
+    raise RuntimeError("tiles: a feature map is read after the one that took its place: not a network for tiles")
 
 
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Functions of single values, of one map or several of the same shape."""
-    maps = [a for a in args if isinstance(a, Strips) or (isinstance(a, Tensor) and a.ndim)]
-    source = next(a for a in maps if isinstance(a, Strips))
+    maps = [a for a in args if isinstance(a, TiledMap) or (isinstance(a, Tensor) and a.ndim)]
+    source = next(a for a in maps if isinstance(a, TiledMap))
     if any(a.shape != source.shape for a in maps):
         return NotImplemented  # Python and `__torch_function__` both take this for "not here"
     kwargs.pop("inplace", None)
 
     def make(top: int, bottom: int) -> Tensor:
         def rows(value: Any) -> Any:
-            if isinstance(value, Strips):
+            if isinstance(value, TiledMap):
                 return value._make(top, bottom) if value.cheap and value.tensor is None else value.read(top, bottom)
             return value[:, :, top:bottom] if isinstance(value, Tensor) and value.ndim else value
 
@@ -238,7 +238,7 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     made = source.like(make)
     made.is_sum = func is torch.add and len(maps) == 2
-    if made.is_sum and isinstance(args[0], Strips):
+    if made.is_sum and isinstance(args[0], TiledMap):
         made.replaces = args[0]
     return made
 
@@ -254,7 +254,7 @@ def _conv2d(
     *rest: Any,
 ) -> Any:
     (down, across), pad, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    if not isinstance(x, Strips) or isinstance(padding, str) or dilation != (1, 1):
+    if not isinstance(x, TiledMap) or isinstance(padding, str) or dilation != (1, 1):
         return NotImplemented
     (B, _C, H, W), (kernel, width) = x.shape, weight.shape[2:]
 
@@ -281,12 +281,12 @@ def _group_norm(func: Any, x: Any, groups: int, weight: Any = None, bias: Any = 
         mean = values.mean((2, 3))
         variance = (values - mean[:, :, None, None]).square_().mean((2, 3))  # torch.var_mean takes longer
         found.append((torch.tensor(rows.shape[2], device=rows.device).expand(B, C), mean, variance))
-    # (B, groups, parts): the channels of a group, and of each its strips.
+    # (B, groups, parts): the channels of a group, and of each its tiles.
     count, mean, variance = (torch.stack(part, 2).view(B, groups, -1) for part in zip(*found, strict=True))
     share = count / count.sum(2, keepdim=True)
     middle = (share * mean).sum(2, keepdim=True)
-    spread = (share * (variance + (mean - middle) ** 2)).sum(2, keepdim=True)
-    scale = (spread + eps).rsqrt().expand(B, groups, C // groups).reshape(B, C)
+    variance = (share * (variance + (mean - middle) ** 2)).sum(2, keepdim=True)
+    scale = (variance + eps).rsqrt().expand(B, groups, C // groups).reshape(B, C)
     shift = -middle.expand(B, groups, C // groups).reshape(B, C) * scale
     if weight is not None:
         scale, shift = scale * weight, shift * weight + bias

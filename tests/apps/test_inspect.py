@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SHARED, needs_shared
 from sdedit import AutoencoderKL, StableDiffusionImg2ImgPipeline
-from sdedit.loading.inspect import FileReport, describe
+from sdedit.apps.inspect import FileReport, describe
 from sdedit.loading.single_file_save import save_single_file
 
 SD1, SD2, XL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
@@ -38,71 +39,112 @@ def test_real_adapters(name: str, expected: tuple[Any, ...]) -> None:
     assert report.loads and report.precision == "float32" and report.size > 1000
 
 
-def lora(*names: str, down: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(down) for name in names}
+Shapes = dict[str, tuple[int, ...]]
+TO_K = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+FLAT = f"lora_unet_{TO_K.replace('.', '_')}"
 
 
-MADE: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
+def write(path: Path, shapes: Shapes) -> None:
+    """A safetensors file of zeros in float16, which take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+def low_rank(down: str, up: str, rank: int, width: int = 768) -> Shapes:
+    return {down: (rank, width), up: (1280, rank)}
+
+
+def ip_adapter(image_proj: Shapes, width: int = 768) -> Shapes:
+    """Layers in the order in which the published files number them."""
+    channels = [320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320, 1280]
+    layers = {
+        f"ip_adapter.{2 * i + 1}.to_{part}_ip.weight": (c, width) for i, c in enumerate(channels) for part in ("k", "v")
+    }
+    return {f"image_proj.{name}": shape for name, shape in image_proj.items()} | layers
+
+
+BASE = {"proj.weight": (4 * 768, 1024), "proj.bias": (4 * 768,), "norm.weight": (768,), "norm.bias": (768,)}
+MADE: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "peft": (
-        lora("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.default.weight", down=(8, 1024)),
+        low_rank(f"unet.{TO_K}.lora_A.default.weight", f"unet.{TO_K}.lora_B.default.weight", 8, 1024),
         dict(kind="LoRA", family=SD2, format="safetensors, PEFT", rank="8", loads=True),
     ),
     "old": (
-        lora("mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight", down=(4, 768)),
-        dict(kind="LoRA", family=SD1, format="safetensors, diffusers, old", rank="4", loads=True),
+        low_rank(
+            TO_K.replace("to_k", "processor.to_k_lora.down.weight"),
+            TO_K.replace("to_k", "processor.to_k_lora.up.weight"),
+            4,
+        ),
+        dict(kind="LoRA", family=SD1, format="safetensors, diffusers", rank="4", loads=True),
     ),
     "loha": (
-        lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.hada_w1_b", down=(16, 768)),
-        dict(kind="LoRA", family=SD1, format="safetensors, LyCORIS LoHa", rank="16", loads=True),
+        {f"{FLAT}.hada_w{i}_{part}": (16, 768) if part == "b" else (1280, 16) for i in (1, 2) for part in "ab"},
+        dict(kind="LoRA", family=SD1, format="safetensors, LyCORIS LoHa", loads=True),
     ),
     "ranks": (
-        lora("lora_unet_x_attn2_to_k.lora_down.weight", down=(4, 768))
-        | lora("lora_unet_y_attn2_to_k.lora_down.weight", down=(64, 768)),
+        low_rank(f"{FLAT}.lora_down.weight", f"{FLAT}.lora_up.weight", 4)
+        | low_rank(f"{FLAT[:-1]}v.lora_down.weight", f"{FLAT[:-1]}v.lora_up.weight", 64),
         dict(kind="LoRA", family=SD1, format="safetensors, kohya", rank="4 to 64", loads=True),
     ),
+    "elsewhere": (
+        {"lora_unet_x_attn2_to_k.lora_down.weight": (4, 768), "lora_unet_x_attn2_to_k.lora_up.weight": (9, 4)},
+        dict(kind="LoRA", loads=False),
+    ),
     "xl": (
-        lora("lora_unet_x_attn2_to_k.lora_down.weight", down=(4, 2048)),
-        dict(kind="LoRA", family=XL, loads=False, reason=f"it is for {XL}"),
+        {"lora_unet_x_attn2_to_k.lora_down.weight": (4, 2048)},
+        dict(kind="LoRA", family=XL, loads=False),
     ),
-    "emb": (
-        {"emb_params": torch.zeros(3, 1024)},
-        dict(kind="textual inversion", family=SD2, format="safetensors, kohya", tokens=["emb (3 vectors)"], loads=True),
+    "newword": (
+        {"emb_params": (3, 1024)},
+        dict(
+            kind="textual inversion",
+            family=SD2,
+            format="safetensors, kohya",
+            tokens=["newword (3 vectors)"],
+            loads=True,
+        ),
     ),
-    "xl emb": (
-        {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
-        dict(kind="textual inversion", family=XL, loads=False),
+    "long": ({"<a>": (76, 768)}, dict(kind="textual inversion", family=SD1, loads=False)),
+    "cat": ({"cat</w>": (1, 768)}, dict(kind="textual inversion", family=SD1, loads=False)),
+    "xl emb": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, dict(kind="textual inversion", family=XL, loads=False)),
+    "ip": (ip_adapter(BASE), dict(kind="IP-Adapter", family=SD1, format="safetensors, base", loads=True)),
+    "ip cut": (
+        {name: shape for name, shape in ip_adapter(BASE).items() if "31" not in name},
+        dict(kind="IP-Adapter", family=SD1, loads=False),
     ),
-    "ip": (
-        {"image_proj.proj.weight": torch.zeros(8, 8), "ip_adapter.1.to_k_ip.weight": torch.zeros(320, 768)},
-        dict(kind="IP-Adapter", family=SD1, format="safetensors, base", loads=True),
-    ),
-    "ip plus": (
-        {"image_proj.latents": torch.zeros(1, 16, 8), "ip_adapter.1.to_k_ip.weight": torch.zeros(320, 768)},
-        dict(kind="IP-Adapter", family=SD1, format="safetensors, Plus", loads=True),
-    ),
+    "ip xl": (ip_adapter(BASE, 2048), dict(kind="IP-Adapter", family=XL, loads=False)),
     "ip face": (
-        {"ip_adapter.0.to_q_lora.down.weight": torch.zeros(8, 8), "ip_adapter.1.to_k_ip.weight": torch.zeros(320, 768)},
-        dict(kind="IP-Adapter", format="safetensors, FaceID", loads=False),
+        ip_adapter({"norm.weight": (768,), "proj.0.weight": (9, 9)}),
+        dict(kind="IP-Adapter", loads=False),
     ),
     "flux vae": (
-        {"decoder.conv_in.weight": torch.zeros(8, 16, 3, 3), "decoder.up.0.block.0.conv1.weight": torch.zeros(1)},
+        {"decoder.conv_in.weight": (8, 16, 3, 3), "decoder.up.0.block.0.conv1.weight": (1,)},
         dict(kind="VAE", loads=False, reason="it is a VAE with 16 channels of latents, as Flux and SD 3 have it"),
     ),
     "clip": (
-        {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2, 2)},
+        {"text_model.encoder.layers.0.mlp.fc1.weight": (2, 2, 2)},
         dict(kind="text encoder", loads=False, reason="it is a text encoder alone"),
     ),
-    "anything": ({"a.b.weight": torch.zeros(2, 2, 2)}, dict(kind="unknown", family="", loads=False)),
+    "anything": ({"a.b.weight": (2, 2, 2)}, dict(kind="unknown", family="", loads=False)),
 }
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_made_files(name: str, tmp_path: Path) -> None:
-    tensors, expected = MADE[name]
-    save_file({key: t.half() for key, t in tensors.items()}, tmp_path / f"{name.split()[-1]}.safetensors")
-    report = describe(tmp_path / f"{name.split()[-1]}.safetensors")
-    assert {key: getattr(report, key) for key in expected} == expected
-    assert report.precision == "float16" and report.parameters == sum(t.numel() for t in tensors.values())
+    shapes, expected = MADE[name]
+    path = tmp_path / f"{name.split()[-1]}.safetensors"
+    write(path, shapes)
+    report = describe(path)
+    assert {key: getattr(report, key) for key in expected} == expected, report
+    assert report.precision == "float16" and report.parameters == sum(map(math.prod, shapes.values()))
+    assert report.reason
 
 
 def test_embeddings_of_the_web_ui(tmp_path: Path) -> None:
@@ -119,7 +161,10 @@ def test_embeddings_of_the_web_ui(tmp_path: Path) -> None:
 
 
 def test_ip_adapter_nested_in_a_pickle(tmp_path: Path) -> None:
-    held = {"image_proj": {"proj.weight": torch.ones(2, 2)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(320, 768)}}
+    held: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, shape in ip_adapter(BASE).items():
+        part, _, rest = name.partition(".")
+        held[part][rest] = torch.zeros(shape, dtype=torch.float16)
     torch.save(held, tmp_path / "ip.bin")
     report = describe(tmp_path / "ip.bin")
     assert (report.kind, report.family, report.format, report.loads) == ("IP-Adapter", SD1, "pickle, base", True)
@@ -137,7 +182,7 @@ def test_models(folder: Path, loaded: Any, tmp_path: Path) -> None:
     (broken / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": ["transformers", "X"]}))
     assert "text_encoder_2" in describe(broken).reason
     (broken / "model_index.json").write_text("{}")
-    assert "lists no unet" in describe(broken).reason
+    assert "lists no vae" in describe(broken).reason
     with pytest.raises(ValueError, match="is no model folder"):
         describe(tmp_path)
 
@@ -160,7 +205,7 @@ def test_the_answer_is_the_loaders(loaded: Any, tmp_path: Path) -> None:
     # A checkpoint: this one has the UNet's structure but only two levels.
     loaded.save_single_file(tmp_path / "whole.safetensors")
     report = describe(tmp_path / "whole.safetensors")
-    assert (report.kind, report.family, report.prediction_type) == ("checkpoint", SD1, "epsilon")
+    assert (report.kind, report.family) == ("checkpoint", SD1)
     with pytest.raises(ValueError):
         StableDiffusionImg2ImgPipeline.from_single_file(tmp_path / "whole.safetensors")
     assert not report.loads
