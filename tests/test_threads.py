@@ -73,6 +73,39 @@ def test_pictures_are_those_of_one_call_after_the_other(pipe: Any, scheduler: st
         assert [torch.equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * 4
 
 
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda pipe: None,
+    "turbo": lambda pipe: pipe.enable_turbo(1, guidance=0.5),
+    "token merging": lambda pipe: pipe.enable_token_merging(),
+    "slicing": lambda pipe: (pipe.enable_attention_slicing(1), pipe.enable_vae_tiling()),
+    "freeu": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "fused": lambda pipe: pipe.fuse_qkv_projections(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:prompt")
+@pytest.mark.parametrize("way", WAYS)
+def test_pictures_are_those_of_one_call_after_the_other_in_all_ways_to_compute(folder: Any, way: str) -> None:
+    """In bfloat16, where weights are packed for a run."""
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    WAYS[way](pipe)
+    alone = [draw(pipe, i) for i in range(4)]
+    together = at_once([lambda i=i: draw(pipe, i) for i in range(4)])
+    assert [torch.equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * 4
+
+
+def test_loops_of_ones_own_have_a_guidance_in_each_thread(pipe: Any) -> None:
+    barrier = threading.Barrier(2)
+
+    def task(scale: float) -> Any:
+        pipe._guidance_scale = scale
+        barrier.wait(60)
+        return pipe.guidance_scale, pipe.do_classifier_free_guidance
+
+    assert at_once([lambda: task(0.0), lambda: task(5.0)]) == [(0.0, False), (5.0, True)]
+
+
 def test_a_scheduler_is_set_for_a_call_and_never_stepped(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a callback `pipe.scheduler` is the call's own; afterwards the user's tells of the last call."""
     users = pipe.scheduler
@@ -230,7 +263,7 @@ def test_offloaded_networks_take_turns(folder: Any) -> None:
     for part in (pipe.unet, pipe.text_encoder, pipe.vae.encoder):
         part.register_forward_pre_hook(lambda module, _: computing.append(module))
         part.register_forward_pre_hook(lambda *_: together_at.append(len(computing)))
-        part.register_forward_hook(lambda module, *_: computing.remove(module))
+        part.register_forward_hook(lambda module, *_: computing.remove(module), prepend=True)  # before its turn ends
     together = at_once([lambda i=i: draw(pipe, i) for i in (0, 3)])
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert set(together_at) == {1} and isinstance(pipe._offload, Turns)

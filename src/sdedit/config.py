@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -74,7 +74,7 @@ class Configurable:
                 defaults = sorted(k for k in values if k not in given)
                 self._check_values(values)
                 head = {"_class_name": type(self).__name__}
-                object.__setattr__(self, "config", Config({**head, **values, "_use_default_values": defaults}))
+                object.__setattr__(self, "config", _config({**head, **values}, defaults))
             original(self, *args, **kwargs)
 
         cls.__init__ = init  # type: ignore[method-assign]
@@ -114,7 +114,7 @@ class Configurable:
     def register_to_config(self, **values: Any) -> None:
         """Record further or changed values in `.config` (they change nothing else)."""
         defaults = [k for k in self.config.get("_use_default_values", ()) if k not in values]
-        object.__setattr__(self, "config", Config({**self.config, **values, "_use_default_values": defaults}))
+        object.__setattr__(self, "config", _config({**self.config, **values}, defaults))
 
     def to_json_string(self) -> str:
         """The config as the text of a `config.json`."""
@@ -125,6 +125,12 @@ class Configurable:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with write_atomically(Path(folder) / self.config_name) as temporary:
             temporary.write_text(self.to_json_string())
+
+
+def _config(values: Mapping[str, Any], defaults: Sequence[str]) -> Config:
+    """A config of `values`, with the names of those that were left at their default, if there are any."""
+    rest = {k: v for k, v in values.items() if k != "_use_default_values"}
+    return Config({**rest, "_use_default_values": list(defaults)} if defaults else rest)
 
 
 def config_text(config: Mapping[str, Any], class_name: str) -> str:

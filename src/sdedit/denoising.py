@@ -263,6 +263,14 @@ class Calls:
         """What attributes of the pipeline show: the one that runs in this thread, or its last, or any thread's last."""
         return self.here or _thread.last.get(self, self._last)
 
+    @property
+    def own(self) -> Call:
+        """What is written to: the call of this thread, or where a loop that is not ours keeps what it sets."""
+        call = self.here or _thread.last.get(self)
+        if call is None:
+            call = self._last = _thread.last[self] = Call()
+        return call
+
     @contextmanager
     def begin(self) -> Iterator[Call]:
         """A new call, in this thread, while the context lasts."""

@@ -72,22 +72,27 @@ def write_folder(
         with disk_errors(folder):
             complete.mkdir()
             yield complete
-            files = [file.relative_to(complete) for file in complete.rglob("*") if file.is_file()]
-            for parent in {(folder / file).parent for file in files}:
-                parent.mkdir(parents=True, exist_ok=True)
-        # The list of components comes before their configs.
-        first = sorted((f for f in files if f.suffix == ".json"), key=lambda f: (len(f.parts), f.as_posix()))
-        for file in first:
-            (folder / file).unlink(missing_ok=True)
-        for file in sorted(set(files) - set(first)):
-            (complete / file).replace(folder / file)
-            placed(folder / file)
-        for file in reversed(first):
-            (complete / file).replace(folder / file)
+        _place(complete, folder, placed)
     finally:
         shutil.rmtree(complete, ignore_errors=True)
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _place(complete: Path, folder: Path, placed: Callable[[Path], object]) -> None:
+    files = [file.relative_to(complete) for file in complete.rglob("*") if file.is_file()]
+    # The list of components comes before their configs.
+    first = sorted((f for f in files if f.suffix == ".json"), key=lambda f: (len(f.parts), f.as_posix()))
+    with disk_errors(folder):
+        for parent in {(folder / file).parent for file in files}:
+            parent.mkdir(parents=True, exist_ok=True)
+    for file in first:
+        (folder / file).unlink(missing_ok=True)
+    for file in sorted(set(files) - set(first)):
+        (complete / file).replace(folder / file)
+        placed(folder / file)
+    for file in reversed(first):
+        (complete / file).replace(folder / file)
 
 
 @contextlib.contextmanager
@@ -99,13 +104,17 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # safetensors and others have classes of their own for it
-        number = getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and not _FULL.search(str(error)):
+    except Exception as error:
+        if not is_disk_full(error):
             raise
         full = OSError(f"{path} could not be written, for the disk is full; nothing of it is left: free some room")
         full.errno = errno.ENOSPC
         raise full from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Does this error mean it? safetensors and others have classes of their own for it."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)) is not None
 
 
 _FULL = re.compile(r"No space left on device|os error (28|122)\b|Disk quota exceeded", re.IGNORECASE)

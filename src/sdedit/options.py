@@ -9,12 +9,9 @@ from torch import nn
 
 from sdedit.inputs import checks
 from sdedit.models.attention import BasicTransformerBlock, SpatialAttention
-from sdedit.models.fast.deep_reuse import DeepReuse
+from sdedit.models.fast.deep_reuse import LEVELS
 from sdedit.models.layers import ResnetBlock2D
 from sdedit.models.offload import Layers, Turns, choose_device
-
-# One UNet call in so many is whole; docs/performance.md has what each level costs in the picture.
-LEVELS = {1: 3, 2: 5, 3: 8}
 
 # A network is these, again and again: what is alike is compiled once.
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, SpatialAttention)
@@ -23,7 +20,10 @@ _SHAPES = 200  # of one kind of block: 20 or so a network and size of picture
 
 
 class Options:
-    """Methods that change how a pipeline computes; but for turbo, token merging and FreeU, what it computes stays."""
+    """Methods that change how a pipeline computes; what it computes stays.
+
+    But for reuse of deep features (`enable_turbo`) and token merging, which change it a little, and FreeU.
+    """
 
     unet: Any
     vae: Any
@@ -149,7 +149,7 @@ class Options:
         if level not in LEVELS:
             raise ValueError(f"level={level}; expected one of {', '.join(map(str, LEVELS))}")
         guided = checks.number("guidance", guidance, 0, 1)
-        self._own_unet("enable_turbo").reuse = DeepReuse(LEVELS[level])
+        self._own_unet("enable_turbo").reuse = LEVELS[level]
         self._guided = guided
 
     def enable_token_merging(self, factor: int = 2) -> None:

@@ -12,15 +12,37 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Base of result dataclasses: `out.name`, `out["name"]`, `out[0]` and unpacking.
+    """Base of result dataclasses: `out.name`, `out["name"]`, `out[0]`, unpacking, and `keys`, `values`, `items`.
 
-    Fields that are `None`, and those marked as `beside`, are left out of the tuple.
+    Fields that are `None`, and those marked as `beside`, are left out of the tuple and of the keys.
     """
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not `None`, in order."""
-        values = (getattr(self, f.name) for f in fields(self) if not f.metadata.get("beside"))  # type: ignore[arg-type]
-        return tuple(v for v in values if v is not None)
+        return tuple(self.values())
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are not `None`, in order."""
+        names = [f.name for f in fields(self) if not f.metadata.get("beside")]  # type: ignore[arg-type]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def values(self) -> list[Any]:
+        """Those fields."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and fields."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, or `default` where it is `None` or there is no such field."""
+        return getattr(self, name) if name in self.keys() else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]

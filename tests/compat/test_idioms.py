@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,34 @@ def test_a_function_as_safety_checker(either: Any) -> None:
     np.testing.assert_allclose(draw(either), want, atol=1e-6)
     either.run_safety_checker = lambda image, device, dtype: (image * 0 - 1, None)
     assert not draw(either).any()
+
+
+def test_loras_by_their_other_names(folder: Path) -> None:
+    pytest.importorskip("peft")
+    pipe = sdedit.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"unet.{name}.lora_{side}.weight": torch.full(shape, 0.1) for side, shape in SIDES}
+    pipe.load_lora_weights(tensors, adapter_name="a")
+    assert pipe.fused_loras == set() and pipe.num_fused_loras == 0
+    pipe.set_lora_device("a", "meta")
+    assert pipe.unet.get_submodule(name).lora_A["a"].weight.is_meta
+    with pytest.raises(ValueError, match="adapter_names: b; expected some of a"):
+        pipe.set_lora_device(["a", "b"], "cpu")
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tensors, adapter_name="a")
+    pipe.fuse_lora()
+    assert pipe.fused_loras == {"a"} and pipe.num_fused_loras == 1
+
+
+SIDES = (("A", (2, 32)), ("B", (32, 2)))
+
+
+def test_what_the_page_for_users_of_diffusers_shows() -> None:
+    page = (Path(sdedit.__file__).parents[2] / "docs" / "diffusers.md").read_text("utf-8")
+    names: dict[str, Any] = {"image": picture()}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["picture"].size == (64, 48) and len(names["pictures"]) == 4
 
 
 # Overriding

@@ -274,12 +274,46 @@ def test_weights_of_a_compiled_network_load(loaded: Any, tmp_path: Path) -> None
         assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
 
 
+def small_lora(unet: Any) -> dict[str, torch.Tensor]:
+    name = next(n.removesuffix(".weight") for n in unet.state_dict() if n.endswith("attn1.to_q.weight"))
+    out, into = unet.state_dict()[f"{name}.weight"].shape
+    return {f"unet.{name}.lora_A.weight": torch.ones(2, into), f"unet.{name}.lora_B.weight": torch.ones(out, 2)}
+
+
+def test_a_lora_in_a_compiled_network(loaded: Any, tmp_path: Path) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**{**loaded.components, "requires_safety_checker": False})
+    plain, lora = pipe.unet, small_lora(pipe.unet)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    pipe.unet = torch.compile(plain)
+    assert pipe.load_lora_weights(lora, adapter_name="style").matched == {"unet": 1}
+    try:
+        assert pipe.get_list_adapters() == {"unet": ["style"]}
+        with pytest.warns(UserWarning, match="not fused are not saved: style"):
+            pipe.save_pretrained(tmp_path / "model")
+    finally:
+        pipe.unload_lora_weights()
+    for state in (plain.state_dict(), load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")):
+        assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_a_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdedit.loading.hub import find_file
+
+    asked: list[str] = []
+
+    def full(repo: str, name: str, **more: Any) -> str:
+        asked.append(name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(OSError, match="owner/name could not be downloaded, for the disk is full") as caught:
+        find_file("owner/name", ["a.safetensors", "a.bin"])
+    assert caught.value.errno == errno.ENOSPC and asked == ["a.safetensors"]
+
+
 def test_a_lora_that_is_not_fused_is_missed_aloud(loaded: Any, tmp_path: Path) -> None:
     pipe = StableDiffusionImg2ImgPipeline(**{**loaded.components, "requires_safety_checker": False})
-    name = next(n.removesuffix(".weight") for n in pipe.unet.state_dict() if n.endswith("attn1.to_q.weight"))
-    out, into = pipe.unet.state_dict()[f"{name}.weight"].shape
-    lora = {f"unet.{name}.lora_A.weight": torch.ones(2, into), f"unet.{name}.lora_B.weight": torch.ones(out, 2)}
-    pipe.load_lora_weights(lora, adapter_name="style")
+    pipe.load_lora_weights(small_lora(pipe.unet), adapter_name="style")
     try:
         with pytest.warns(UserWarning, match="not fused are not saved: style"):
             pipe.save_pretrained(tmp_path / "model")

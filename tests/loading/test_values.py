@@ -285,3 +285,12 @@ def test_a_whole_clip_by_the_name_of_its_text_encoder(networks_only: Path, tmp_p
     save_file(tensors | {"extra.weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="extra"):
         StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("norm_eps", math.nan), ("layers_per_block", 10**9), ("dropout", "none")])
+def test_on_jax_too(key: str, value: Any) -> None:
+    pytest.importorskip("jax")
+    from sdedit import FlaxUNet2DConditionModel
+
+    with pytest.raises(ValueError, match=key):
+        FlaxUNet2DConditionModel.from_config({key: value})

@@ -104,12 +104,22 @@ WRONG: list[tuple[str, Options, str]] = [
     ),
     ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver"}, "algorithm_type: got 'sde-dpmsolver'"),
     ("DEISMultistepScheduler", {"solver_type": "rk4"}, "solver_type: got 'rk4'"),
-    ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas: got True; expected one of False"),
-    ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type: got 'flow_prediction'"),
+    (
+        "UniPCMultistepScheduler",
+        {"use_dynamic_shifting": True},
+        "use_dynamic_shifting: got True; expected one of False",
+    ),
+    ("DDIMScheduler", {"prediction_type": "flow_prediction"}, "prediction_type: got 'flow_prediction'"),
+    ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "'flow_prediction' needs use_flow_sigmas=True"),
+    (
+        "DEISMultistepScheduler",
+        {"use_flow_sigmas": True, "use_karras_sigmas": True},
+        "use_karras_sigmas, use_flow_sigmas: at most one",
+    ),
     ("UniPCMultistepScheduler", {"solver_p": object()}, "solver_p: got"),
-    ("LMSDiscreteScheduler", {"trained_betas": [0.1, 0.2]}, r"trained_betas: got shape \(2,\)"),
+    ("LMSDiscreteScheduler", {"trained_betas": [[0.1, 0.2]]}, r"trained_betas: got shape \(1, 2\)"),
     ("DDIMScheduler", {"trained_betas": [0.1, math.nan], "num_train_timesteps": 2}, "betas: got nan at place 1"),
-    ("DDIMScheduler", {"trained_betas": ["a"], "num_train_timesteps": 1}, "trained_betas: expected 1 finite numbers"),
+    ("DDIMScheduler", {"trained_betas": ["a"], "num_train_timesteps": 1}, "trained_betas: expected finite numbers"),
     ("DDIMScheduler", {"num_train_timesteps": 0}, "num_train_timesteps: got 0; expected a whole number from 1 to 1000"),
     ("EulerDiscreteScheduler", {"num_train_timesteps": "1000"}, "num_train_timesteps: got '1000'; expected a whole"),
     ("EulerDiscreteScheduler", {"num_train_timesteps": 10.5}, "num_train_timesteps: got 10.5; expected a whole"),
@@ -203,12 +213,20 @@ def test_wrong_steps() -> None:
     with pytest.raises(ValueError, match="call set_timesteps"):
         scheduler.step(x, 999, x)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match=r"timestep: 3.0 is not among this scheduler's timesteps \[750, 500, 250, 0\]"):
-        scheduler.step(x, 3, x)
+    with pytest.raises(ValueError, match=r"timestep: got 3.5; expected a whole number"):
+        scheduler.step(x, 3.5, x)
+    with pytest.raises(ValueError, match=r"timestep: got -1; the model was trained on 0 to 999"):
+        scheduler.step(x, -1, x)
     with pytest.raises(ValueError, match="generator, variance_noise: got both"):
         scheduler.step(x, 750, x, eta=1.0, generator=torch.Generator(), variance_noise=x)
     with pytest.raises(ValueError, match="begin_index: got 4; expected 0 to 3"):
         scheduler.set_begin_index(4)
+    pndm = schedulers.PNDMScheduler(skip_prk_steps=True)
+    pndm.set_timesteps(4)
+    with pytest.raises(
+        ValueError, match=r"timestep: 3.0 is not among this scheduler's timesteps \[750, 500, 500, 250, 0\]"
+    ):
+        pndm.step(x, 3, x)
     euler = schedulers.EulerDiscreteScheduler()
     euler.set_timesteps(1)
     euler.step(x, euler.timesteps[0], x)
@@ -224,7 +242,7 @@ def test_wrong_steps() -> None:
         learned.step(x, 500, x)
     beyond = schedulers.DDIMScheduler(steps_offset=1)
     beyond.set_timesteps(1000)
-    with pytest.raises(ValueError, match="timestep 1000: the model was trained on 0 to 999"):
+    with pytest.raises(ValueError, match="timestep: got 1000; the model was trained on 0 to 999"):
         beyond.step(x, 1000, x)
 
 

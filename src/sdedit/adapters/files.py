@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdedit.adapters import arrays
 from sdedit.adapters.arrays import Array
 from sdedit.files import is_temporary, read_json, write_atomically
+from sdedit.loading.families import recognise
 from sdedit.loading.headers import read_header
 from sdedit.loading.hub import check_hub_arguments, find_repository, is_hub_id
 
@@ -67,8 +68,11 @@ def read_adapter(
         path = folder / _choose([p.name for p in folder.iterdir()] if folder.is_dir() else [], weight_name, str(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    state = read(path)
     header = read_header(path)
+    found = recognise(header.nested())
+    if found.kind not in ("LoRA", "unknown"):
+        raise ValueError(f"{path} is {found}, not a LoRA or one of its kin; `sdedit inspect` says what loads it")
+    state = read(path)
     metadata = header.metadata if header.kind == "safetensors" else {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)

@@ -93,7 +93,7 @@ class IPAdapterLoader:
         for name, part in parts.items():
             setattr(self, name, part)
         self._brought = (*self._brought, *parts)
-        ip_adapter.attach(self.unet, adapters)
+        ip_adapter.replace_adapters(self.unet, adapters)
         layers = len(ip_adapter.cross_attentions(self.unet))
         return [IPAdapterReport(part.kind, part.tokens, layers) for part in ip_adapter.projections(self.unet)]
 
@@ -115,7 +115,7 @@ class IPAdapterLoader:
 
     def unload_ip_adapter(self) -> None:
         """Take the adapters away, and what came with them: the image encoder and its image processor."""
-        ip_adapter.attach(self.unet, [])
+        ip_adapter.replace_adapters(self.unet, [])
         for name in self._brought:
             setattr(self, name, None)
         self._brought = ()

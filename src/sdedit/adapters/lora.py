@@ -17,6 +17,7 @@ from sdedit.adapters import formats as lora_formats
 from sdedit.adapters import kinds as lora_kinds
 from sdedit.adapters.formats import LoadReport, Parsed
 from sdedit.inputs import checks
+from sdedit.loading.folders import unwrapped
 from sdedit.loading.weights import read_weights
 from sdedit.models import adapters
 from sdedit.models.attention_options import has_fused_projections
@@ -109,7 +110,7 @@ class LoraLoader:
         return name
 
     def _lora_models(self) -> dict[str, nn.Module]:
-        models = {name: model for name in _COMPONENTS if (model := getattr(self, name)) is not None}
+        models = {name: unwrapped(part) for name in _COMPONENTS if (part := getattr(self, name)) is not None}
         refuse("adapters", *models.values())
         return models
 

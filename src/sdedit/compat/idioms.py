@@ -15,13 +15,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdedit.compat.overriding import adapt_class, adapt_object
 from sdedit.config import FORMAT_VERSION, Config, later
 from sdedit.inputs import checks
 from sdedit.inputs.pixels import Images
 from sdedit.inputs.prompts import guidance_scale_embedding
+from sdedit.models import adapters
 from sdedit.noise import Generator, randn
 
 # Of loading, for diffusers' ways to do it; this one's is always as `low_cpu_mem_usage=True`, in safetensors first.
@@ -34,7 +35,7 @@ _NO_MATTER = (
 def _of_call(name: str) -> Any:
     """An attribute of the pipeline that is one of its call's."""
     return property(
-        lambda self: getattr(self._calls.seen, name), lambda self, value: setattr(self._calls.seen, name, value)
+        lambda self: getattr(self._calls.seen, name), lambda self, value: setattr(self._calls.own, name, value)
     )
 
 
@@ -43,6 +44,7 @@ class Idioms:
 
     unet: Any
     vae: Any
+    text_encoder: Any
     scheduler: Any
     safety_checker: Any
     feature_extractor: Any
@@ -108,7 +110,7 @@ class Idioms:
 
     @_guidance_scale.setter
     def _guidance_scale(self, scale: float | Sequence[float]) -> None:
-        call, distilled = self._calls.seen, self.unet.config.time_cond_proj_dim
+        call, distilled = self._calls.own, self.unet.config.time_cond_proj_dim
         call.guidance = dataclasses.replace(call.guidance.to_scale(scale), distilled=distilled)
 
     def register_modules(self, **modules: Any) -> None:
@@ -123,6 +125,36 @@ class Idioms:
         """Set `requires_safety_checker`; parts are in `config` by themselves."""
         if "requires_safety_checker" in values:
             self.requires_safety_checker = values["requires_safety_checker"]
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """LoRAs that are part of the weights."""
+        return {name for model in self._adapted() for name in adapters.fused(model)}
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many they are."""
+        return len(self.fused_loras)
+
+    def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int) -> None:
+        """Move LoRAs, such as those at rest to the CPU; one that works has to be where the network is.
+
+        Raises:
+            ValueError: One of the names is not loaded.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        known = {name for model in self._adapted() for name in adapters.names(model)}
+        if wrong := sorted(set(names) - known):
+            raise ValueError(
+                f"adapter_names: {', '.join(wrong)}; expected some of {', '.join(sorted(known)) or 'none'}"
+            )
+        for layer in (layer for model in self._adapted() for layer in adapters.layers(model).values()):
+            for held in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                for name in set(names) & set(held):
+                    held[name].to(device)
+
+    def _adapted(self) -> list[nn.Module]:
+        return [model for model in (self.unet, self.text_encoder) if model is not None]
 
     # The steps of a call, as a loop of one's own calls them
 

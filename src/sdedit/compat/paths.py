@@ -75,6 +75,37 @@ NAMES: dict[str, Mapping[str, str]] = {
     f"{_SD}.safety_checker_flax": _FLAX_CHECKER,
 }
 
+# The sixteen schedulers by the file that diffusers has each in; with an output class of its own, or a common one.
+_OUTPUTS_OF_THEIR_OWN = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmsolver_sde": "DPMSolverSDEScheduler",
+    "euler_ancestral_discrete": "EulerAncestralDiscreteScheduler",
+    "euler_discrete": "EulerDiscreteScheduler",
+    "heun_discrete": "HeunDiscreteScheduler",
+    "k_dpm_2_ancestral_discrete": "KDPM2AncestralDiscreteScheduler",
+    "k_dpm_2_discrete": "KDPM2DiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms_discrete": "LMSDiscreteScheduler",
+    "tcd": "TCDScheduler",
+}
+_COMMON_OUTPUT = {
+    "deis_multistep": "DEISMultistepScheduler",
+    "dpmsolver_multistep": "DPMSolverMultistepScheduler",
+    "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc_multistep": "UniPCMultistepScheduler",
+}
+_STEPPED = "sdedit.schedulers.base:SchedulerOutput"
+for _file, _name in (_OUTPUTS_OF_THEIR_OWN | _COMMON_OUTPUT).items():
+    _output = "SchedulerOutput" if _file in _COMMON_OUTPUT else f"{_name}Output"
+    NAMES[f"sdedit.schedulers.scheduling_{_file}"] = {_name: "sdedit.schedulers.classes", _output: _STEPPED}
+NAMES["sdedit.schedulers.scheduling_utils"] = {
+    "KarrasDiffusionSchedulers": "sdedit.compat.schedulers",
+    "SchedulerMixin": "sdedit.schedulers.base:Scheduler",
+    "SchedulerOutput": _STEPPED,
+}
+
 # Pipelines that come later, by the ends of their names.
 ABSENT = ("Pipeline", "ControlNetModel", "MultiControlNetModel", "T2IAdapter", "MotionAdapter")
 

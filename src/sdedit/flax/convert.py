@@ -42,8 +42,11 @@ class Layout(NamedTuple):
 def _clip_rename(half: str) -> Callable[[str], str | None]:
     """Names without the level that transformers took away in 5.6; no `position_ids`, which were once saved."""
 
+    # What a whole CLIP has beside its text half.
+    beside = ("vision_model.", "text_projection.", "visual_projection.", "logit_scale")
+
     def rename(name: str) -> str | None:
-        if name.endswith("position_ids"):
+        if name.endswith("position_ids") or name.startswith(beside):
             return None
         first = name.split(".")[0]
         return f"{half}.{name}" if first in ("embeddings", "encoder", "final_layer_norm") else name

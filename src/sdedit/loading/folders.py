@@ -177,9 +177,14 @@ def listed_components(index: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {name: entry[1] for name, entry in listed.items() if entry[1] is not None}
 
 
+def unwrapped(part: Any) -> Any:
+    """What torch.compile has wrapped, or the component itself."""
+    return getattr(part, "_orig_mod", part)
+
+
 def class_name(part: Any) -> str:
-    """The name of a component's class in model_index.json; that of what torch.compile has wrapped."""
-    name = type(getattr(part, "_orig_mod", part)).__name__
+    """The name of a component's class in model_index.json."""
+    name = type(unwrapped(part)).__name__
     return {"CLIPImageProcessorPil": "CLIPImageProcessor"}.get(name, name)  # the name that every release knows
 
 

@@ -6,6 +6,7 @@ hub's cache already.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from sdedit.files import is_disk_full
 from sdedit.loading.folders import wanted_files
 
 HUB_ARGUMENTS = frozenset({"revision", "cache_dir", "local_files_only", "token", "force_download"})
@@ -100,6 +102,8 @@ def _download(text: str, repo: str, names: Sequence[str], hub: dict[str, Any]) -
             return Path(hf_hub_download(repo, name, **hub))
         except Exception as error:
             reason = error
+            if is_disk_full(error):
+                break
     raise _out_of_reach(text, reason, names) from reason
 
 
@@ -185,8 +189,10 @@ def _cached_folder(repo: str, hub: dict[str, Any]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _out_of_reach(text: str, error: Exception | None, names: Sequence[str] = ()) -> FileNotFoundError:
+def _out_of_reach(text: str, error: Exception | None, names: Sequence[str] = ()) -> OSError:
     """What is said of anything that downloading raises: errors of many classes in many libraries, all meaning this."""
+    if error is not None and is_disk_full(error):
+        return OSError(errno.ENOSPC, f"{text} could not be downloaded, for the disk is full: free some room")
     what = f"{' or '.join(names)} " if len(names) > 1 else ""
     return FileNotFoundError(
         f"{text} is no file or folder here, and {what}could not be had from the hub ({_told(error)}): "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sdedit.files import read_json, write_folder
+from sdedit.files import read_json, shown, write_folder
 from sdedit.loading.folders import (
     COMPONENTS,
     DEFAULT_MODEL,
@@ -126,15 +126,7 @@ def load_component(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; model_index.json lists it: download it, or pass {name}=…")
     if name == "scheduler":
-        from sdedit import schedulers
-
-        if class_name not in schedulers.__all__:
-            known = ", ".join(n for n in schedulers.__all__ if n.endswith("Scheduler"))
-            raise ValueError(f"scheduler: {class_name} is not known; expected one of {known}")
-        cls = getattr(schedulers, class_name)
-        config = read_json(folder / cls.config_name)
-        with explained(folder / cls.config_name, cls):
-            return cls.from_config(config)
+        return _load_scheduler(class_name, folder)
     if class_name in _MODELS:
         cls = model_class(class_name)
         if name in ("unet", "vae"):
@@ -149,6 +141,29 @@ def load_component(
     if name in ("tokenizer", "feature_extractor"):
         return load_processor(cls, folder)
     return load_transformers_model(cls, folder, torch_dtype, variant, use_safetensors, read)
+
+
+def _load_scheduler(class_name: str, folder: Path) -> Any:
+    from sdedit import schedulers
+
+    if class_name not in schedulers.__all__:
+        known = ", ".join(n for n in schedulers.__all__ if n.endswith("Scheduler"))
+        raise ValueError(f"scheduler: {shown(class_name)} is not known; expected one of {known}")
+    cls = getattr(schedulers, class_name)
+    config = read_json(folder / cls.config_name)
+    with explained(folder / cls.config_name, cls):
+        return cls.from_config(config)
+
+
+def _check_components(parts: dict[str, Any], folder: Path) -> None:
+    """Raise `ValueError` if a component is missing that there must be; those that need not are `None` where absent."""
+    if missing := [name for name in ("vae", "unet", "scheduler") if parts.get(name) is None]:
+        raise ValueError(f"{folder / 'model_index.json'} lists no {' and no '.join(missing)}: pass {missing[0]}=…")
+    for name in ("text_encoder", "tokenizer"):
+        parts.setdefault(name, None)
+    words, known = len(parts["tokenizer"] or ()), getattr(parts["text_encoder"], "config", None)
+    if known is not None and words > known.vocab_size:
+        raise ValueError(f"{folder / 'tokenizer'} has {words} tokens; the text encoder knows {known.vocab_size}")
 
 
 def load_components(
@@ -188,13 +203,7 @@ def load_components(
             use_safetensors=use_safetensors,
             read=read,
         )
-    if missing := [name for name in ("vae", "unet", "scheduler") if parts.get(name) is None]:
-        raise ValueError(f"{folder / 'model_index.json'} lists no {' and no '.join(missing)}: pass {missing[0]}=…")
-    for name in ("text_encoder", "tokenizer"):
-        parts.setdefault(name, None)
-    words, known = len(parts["tokenizer"] or ()), getattr(parts["text_encoder"], "config", None)
-    if known is not None and words > known.vocab_size:
-        raise ValueError(f"{folder / 'tokenizer'} has {words} tokens; the text encoder knows {known.vocab_size}")
+    _check_components(parts, folder)
     parts.setdefault("requires_safety_checker", index.get("requires_safety_checker", True))
     return parts
 

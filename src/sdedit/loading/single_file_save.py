@@ -13,6 +13,7 @@ from torch import nn
 
 from sdedit.files import write_atomically
 from sdedit.loading import ldm
+from sdedit.loading.folders import unwrapped
 from sdedit.models.blank import blank
 from sdedit.models.offload import refuse
 
@@ -54,13 +55,13 @@ def save_single_file(source: Any, path: str | os.PathLike[str], *, torch_dtype: 
 
 
 def _components(source: Any) -> dict[str, Any]:
-    source = getattr(source, "_orig_mod", source)  # what torch.compile has wrapped
+    source = unwrapped(source)
     if isinstance(source, nn.Module):
         names = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
         if type(source).__name__ not in names:
             raise ValueError(f"{type(source).__name__} has no single-file layout; expected a pipeline, a UNet or a VAE")
         return {names[type(source).__name__]: source}
-    components = {n: getattr(p, "_orig_mod", p) for n, p in dict(getattr(source, "components", source)).items()}
+    components = {name: unwrapped(part) for name, part in dict(getattr(source, "components", source)).items()}
     if type(components.get("vae")).__name__ == "AutoencoderTiny":
         raise ValueError("AutoencoderTiny has no single-file layout: put an AutoencoderKL in the pipeline first")
     return components

@@ -19,19 +19,7 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     The shapes do not tell the number of heads: SD 1.x, known by its 1×1 convolutions around attention, has 8 in every
     block; SD 2.x, which has linear layers there, has heads of 64 channels.
     """
-    channels, layers, attends = [], [0], []
-    n = 1
-    while (key := f"input_blocks.{n}.0.out_layers.3.weight") in shapes or f"input_blocks.{n}.0.op.weight" in shapes:
-        if key not in shapes:
-            layers.append(0)
-        else:
-            if layers[-1] == 0:
-                channels.append(_shape(shapes, key, 4)[0])
-                attends.append(f"input_blocks.{n}.1.proj_in.weight" in shapes)
-            layers[-1] += 1
-        n += 1
-    if not channels or len(channels) != len(layers) or len(layers) > _MAX_LEVELS or max(layers) > _MAX_LAYERS:
-        raise ValueError(f"a UNet with blocks of {layers} layers is not Stable Diffusion's")
+    channels, layers, attends = _unet_levels(shapes)
     context = next((key for key in shapes if key.endswith("attn2.to_k.weight")), "attn2.to_k.weight")
     depth = max((int(m[1]) for key in shapes if (m := re.search(r"transformer_blocks\.(\d{1,4})\.", key))), default=0)
     if depth > _MAX_LAYERS:
@@ -55,6 +43,25 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         else None,
         "sample_size": 64,
     }
+
+
+def _unet_levels(shapes: Shapes) -> tuple[list[int], list[int], list[bool]]:
+    """Channels and residual blocks of each level, and whether it attends to the text."""
+    channels: list[int] = []
+    layers, attends = [0], []
+    n = 1
+    while (key := f"input_blocks.{n}.0.out_layers.3.weight") in shapes or f"input_blocks.{n}.0.op.weight" in shapes:
+        if key not in shapes:
+            layers.append(0)
+        else:
+            if layers[-1] == 0:
+                channels.append(_shape(shapes, key, 4)[0])
+                attends.append(f"input_blocks.{n}.1.proj_in.weight" in shapes)
+            layers[-1] += 1
+        n += 1
+    if not channels or len(channels) != len(layers) or len(layers) > _MAX_LEVELS or max(layers) > _MAX_LAYERS:
+        raise ValueError(f"a UNet with blocks of {layers} layers is not Stable Diffusion's")
+    return channels, layers, attends
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:

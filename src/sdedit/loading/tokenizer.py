@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sdedit.files import read_json
+from sdedit.files import disk_errors, read_json
 
 MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
 SIZE = 49408
@@ -41,7 +41,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
         "pad_token": pad_token,
     }
     # A folder is the one form that all versions of transformers read.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, disk_errors(folder):
         (Path(folder) / "merges.txt").write_text(merges, encoding="utf-8")
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary(merges)), encoding="utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

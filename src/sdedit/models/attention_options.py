@@ -44,6 +44,23 @@ def by_xformers(query: Tensor, key: Tensor, value: Tensor, *, op: Any) -> Tensor
     return xformers.ops.memory_efficient_attention(q, k, v, op=op).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+# PyTorch's kernels by diffusers' names.
+_KERNELS = {
+    "_native_flash": "FLASH_ATTENTION",
+    "_native_efficient": "EFFICIENT_ATTENTION",
+    "_native_cudnn": "CUDNN_ATTENTION",
+    "_native_math": "MATH",
+}
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, *, name: str) -> Tensor:
+    """Attention by one kernel of PyTorch, a name of `SDPBackend`, in the same shapes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
 class FusedProjections(nn.Linear):
     """Queries, keys and values by one product; saved and loaded under the three names that it replaces."""
 
@@ -136,6 +153,35 @@ class AttentionOptions(nn.Module):
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Compute attention by PyTorch again."""
+        self._choose(None)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """`enable_xformers_memory_efficient_attention`, or its opposite if not `valid`."""
+        if valid:
+            self.enable_xformers_memory_efficient_attention(attention_op)
+        else:
+            self.disable_xformers_memory_efficient_attention()
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose who computes attention, by diffusers' names.
+
+        Args:
+            backend: `"native"` for PyTorch as it sees fit (the default); `"_native_flash"`, `"_native_efficient"`,
+                `"_native_cudnn"` or `"_native_math"` for one of its kernels; `"xformers"`.
+
+        Raises:
+            ValueError: It is another, or xFormers, and there is no CUDA device.
+            ModuleNotFoundError: It is xFormers, which is not installed.
+        """
+        if backend == "xformers":
+            self.enable_xformers_memory_efficient_attention()
+        elif backend in ("native", *_KERNELS):
+            self._choose(None if backend == "native" else functools.partial(by_kernel, name=_KERNELS[backend]))
+        else:
+            raise ValueError(f"backend={backend!r}; expected one of native, {', '.join(_KERNELS)}, xformers")
+
+    def reset_attention_backend(self) -> None:
+        """Let PyTorch compute attention as it sees fit."""
         self._choose(None)
 
     def fuse_qkv_projections(self) -> None:

@@ -147,7 +147,7 @@ def cross_attentions(unet: Any) -> dict[str, Attention]:
     return dict(sorted(found.items(), key=lambda item: item[0].startswith("mid_block")))
 
 
-def attach(unet: Any, adapters: Sequence[IPAdapter]) -> None:
+def replace_adapters(unet: Any, adapters: Sequence[IPAdapter]) -> None:
     """Give a UNet these adapters in place of those that it has; none of them takes all away."""
     refuse("IP-Adapters", unet)
     for i, layer in enumerate(cross_attentions(unet).values()):

@@ -11,9 +11,11 @@ import torch
 from sdedit.config import Configurable, later
 from sdedit.models.attention_options import AttentionOptions
 from sdedit.models.kinds import check_values
+from sdedit.models.model_options import ModelOptions
+from sdedit.models.processors import TakesProcessors
 
 
-class Model(AttentionOptions, Configurable):
+class Model(TakesProcessors, ModelOptions, AttentionOptions, Configurable):
     """A network whose constructor arguments are the keys of its `config.json`."""
 
     weights_name = "diffusion_pytorch_model"
@@ -24,8 +26,8 @@ class Model(AttentionOptions, Configurable):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """What it computes in: the dtype of the first floating-point parameter, unless that is only stored so."""
+        return self.compute_dtype or next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:

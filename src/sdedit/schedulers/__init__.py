@@ -18,6 +18,8 @@ def __getattr__(name: str) -> Any:
         return later(f"sdedit.schedulers.classes:{name}")
     if name in ("Scheduler", "SchedulerOutput"):
         return later(f"sdedit.schedulers.base:{name}")
+    if name == "KarrasDiffusionSchedulers":
+        return later(f"sdedit.compat.schedulers:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,7 +15,7 @@ from sdedit.output import Output
 from sdedit.schedulers import rows as row_functions
 from sdedit.schedulers import schedule as s
 from sdedit.schedulers.plan import Plan
-from sdedit.schedulers.rows import Memory
+from sdedit.schedulers.rows import Memory, Row
 
 Device = torch.device | str | None
 
@@ -68,8 +68,8 @@ class Scheduler(Plan):
         self,
         num_inference_steps: int | None = None,
         device: Device = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
         **layout: Any,
     ) -> None:
         """Choose the times of a run.
@@ -82,13 +82,14 @@ class Scheduler(Plan):
             **layout: Further options; `layouts` of the class names those that it takes, and says whether it takes
                 `timesteps` and `sigmas`.
         """
-        self.lay_out(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **layout)
+        own = {k: _as_array(v) for k, v in {"timesteps": timesteps, "sigmas": sigmas}.items()}
+        self.lay_out(num_inference_steps, **own, **layout)
         self.timesteps = self.timesteps.to(device)
 
     def _set_grid(self, grid: s.Grid, steps: int | None) -> None:
         super()._set_grid(grid, steps)
         self.timesteps = torch.from_numpy(self._grid.times)
-        self.sigmas = torch.from_numpy(self._grid.sigmas.astype(np.float32))
+        self.sigmas = torch.from_numpy(self.sigmas_shown.astype(np.float32))
         self._begin: int | None = None
         self._rewind()
 
@@ -123,7 +124,7 @@ class Scheduler(Plan):
 
     def _enter(self, timestep: float | Tensor | None) -> int:
         """Place of the row for this step; looked up only where nothing else says it."""
-        if self._index is None or (self.memoryless and self._begin is None):
+        if self._index is None:
             if self._begin is None and timestep is None:
                 raise ValueError("timestep: needed where set_begin_index was not called; got None")
             self._index = self.index_for_timestep(timestep) if self._begin is None else self._begin  # type: ignore[arg-type]
@@ -171,13 +172,13 @@ class Scheduler(Plan):
             raise ValueError("step: call set_timesteps(num_inference_steps) first")
         if noise is not None and generator is not None:
             raise ValueError("generator, variance_noise: got both; expected one of them")
-        index = self._enter(timestep)
-        row = self.rows(self._first, **options)[index - self._first]
+        index, row = self._row_for(timestep, **options)
         # Half precision is for the UNet; sums over many steps are kept in float32.
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        output, said = self._parted(model_output, sample)
+        output, said = self.parted(model_output, sample)
         if row.draw and noise is None:
-            noise = self.draw_noise(sample, generator, index, said)
+            noise = self.draw_noise(sample, generator, index)
+            noise = noise if said is None else self.scaled_noise(noise, said, row)
         x, x0, m, self._memory = row_functions.step(
             row,
             sample.to(dtype),
@@ -188,12 +189,22 @@ class Scheduler(Plan):
             want_x0=self.x0_field is not None,
             xp=torch,
         )
-        self._index = index + 1
+        self._index = index + 1 if index >= 0 else None
         fields = {self.x0_field: x0, self.m_field: m}
         out = SchedulerOutput(x.to(sample.dtype), **{k: v.to(sample.dtype) for k, v in fields.items() if k})
         return out if return_dict else out.to_tuple()
 
-    def _parted(self, output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _row_for(self, timestep: float | Tensor, **options: Any) -> tuple[int, Row]:
+        """The place in `timesteps` and the row of this step; -1 where the row is that of a time, wherever it stands."""
+        if self.memoryless and self._begin is None:
+            time = float(timestep)
+            if not time.is_integer():
+                raise ValueError(f"timestep: got {time}; expected a whole number")
+            return -1, self.row_of(int(time), **options)
+        index = self._enter(timestep)
+        return index, self.rows(self._first, **options)[index - self._first]
+
+    def parted(self, output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and what the UNet says of its variance in as many further channels, if it was made to."""
         kind = self.config.variance_type if "variance_type" in self._own else None
         if str(kind).startswith("learned") and output.shape[1] == 2 * sample.shape[1]:
@@ -201,9 +212,13 @@ class Scheduler(Plan):
             return prediction, said
         return output, None
 
-    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
-        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int) -> Tensor:
+        """Noise for the row of `timesteps[index]`, (B, C, H, W)."""
         return randn(sample.shape, generator, device=sample.device)
+
+    def scaled_noise(self, noise: Tensor, said: Tensor, row: Row) -> Tensor:
+        """Noise (B, C, H, W) as what the UNet says of its variance, in as many channels, makes it for `row`."""
+        return noise
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the UNet is to see of the sample: x itself, also where the sample is x/α; (B, C, H, W) both."""
@@ -230,6 +245,11 @@ class Scheduler(Plan):
         shape = (-1, *(1 for _ in original_samples.shape[1:]))
         p, q = (torch.from_numpy(v).to(original_samples.device).reshape(shape) for v in (signal, level))
         return mix(p, original_samples, q, noise)
+
+
+def _as_array(values: Any) -> Any:
+    """A tensor of any device and dtype in NumPy, and all else as it is."""
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
 
 
 def mix(p: float | Tensor, x: Tensor, q: float | Tensor, y: Tensor) -> Tensor:

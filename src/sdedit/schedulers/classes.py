@@ -16,21 +16,20 @@ from torch import Tensor
 from sdedit.noise import Generator
 from sdedit.schedulers.base import Scheduler, SchedulerOutput, mix
 from sdedit.schedulers.brownian import BrownianPath
-from sdedit.schedulers.names import CLASS_NAMES, check_class_name
+from sdedit.schedulers.dropin import (
+    DDIMDropIn,
+    DDPMDropIn,
+    DropInScheduler,
+    LogSNRDropIn,
+    PNDMDropIn,
+    TrainingStepDropIn,
+)
+from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Grid
 from sdedit.schedulers.solvers import log_snr, sigma_space, training_steps
 
 
-class PublicScheduler(Scheduler):
-    """Base of the sixteen: each knows the others."""
-
-    @property
-    def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that this scheduler's config can make."""
-        return [resolve(name) for name in CLASS_NAMES]
-
-
-class TrainingStepScheduler(PublicScheduler):
+class TrainingStepScheduler(TrainingStepDropIn):
     """Base of the schedulers whose times are training steps: any of them can be noised to, not those of a run alone."""
 
     def _start(self) -> None:
@@ -60,7 +59,7 @@ class TrainingStepScheduler(PublicScheduler):
         return mix(alpha, noise, -sigma, sample)
 
 
-class DDIMScheduler(TrainingStepScheduler, training_steps.DDIM):
+class DDIMScheduler(DDIMDropIn, TrainingStepScheduler, training_steps.DDIM):
     """DDIM (arXiv 2010.02502)."""
 
     def step(  # type: ignore[override]
@@ -86,28 +85,32 @@ class DDIMScheduler(TrainingStepScheduler, training_steps.DDIM):
         return self._advance(model_output, timestep, sample, return_dict, *noise, **options)
 
 
-class DDPMScheduler(TrainingStepScheduler, training_steps.DDPM):
+class DDPMScheduler(DDPMDropIn, TrainingStepScheduler, training_steps.DDPM):
     """DDPM's ancestral sampling (arXiv 2006.11239)."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
-    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
-        """Noise for the row of `timesteps[index]`, (B, C, H, W); `said` is what the UNet says of its variance."""
-        z, kind = super().draw_noise(sample, generator, index), str(self.config.variance_type)
-        if not kind.startswith("learned"):
-            return z
-        if said is None:
-            raise ValueError(f"model_output: variance_type {kind!r} needs {2 * sample.shape[1]} channels")
-        if kind == "learned":
-            return z * said**0.5
+    def parted(self, output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Scheduler.parted`."""
+        prediction, said = super().parted(output, sample)
+        if said is None and str(self.config.variance_type).startswith("learned"):
+            raise ValueError(
+                f"model_output: variance_type {self.config.variance_type!r} needs {2 * sample.shape[1]} channels"
+            )
+        return prediction, said
+
+    def scaled_noise(self, noise: Tensor, said: Tensor, row: Row) -> Tensor:
+        """See `Scheduler.scaled_noise`."""
+        if self.config.variance_type == "learned":
+            return noise * said**0.5
         # The UNet says where log σ² lies between those of fixed_small and fixed_large (arXiv 2102.09672, equation 15).
-        bar, after = (self._schedule.bar(t) for t in [*self._grid.times.tolist(), -1][index : index + 2])
+        bar, after = (self._schedule.bar(t) for t in (int(row.t), self.time_after(int(row.t))))
         high = math.log(1 - bar / after)
-        low = math.log(max((1 - after) / (1 - bar) * (1 - bar / after), 1e-20))
-        return z * torch.exp((low + (said + 1) / 2 * (high - low)) / 2)
+        low = math.log(max(training_steps.posterior_variance(bar, after), 1e-20))
+        return noise * torch.exp((low + (said + 1) / 2 * (high - low)) / 2)
 
 
-class PNDMScheduler(TrainingStepScheduler, training_steps.PNDM):
+class PNDMScheduler(PNDMDropIn, TrainingStepScheduler, training_steps.PNDM):
     """PNDM, or PLMS (arXiv 2202.09778)."""
 
 
@@ -133,7 +136,7 @@ class TCDScheduler(TrainingStepScheduler, training_steps.TCD):
         return self._advance(model_output, timestep, sample, return_dict, generator, eta=float(eta))
 
 
-class EulerDiscreteScheduler(PublicScheduler, sigma_space.EulerDiscrete):
+class EulerDiscreteScheduler(DropInScheduler, sigma_space.EulerDiscrete):
     """Euler's method, with optional churn (arXiv 2206.00364)."""
 
     def step(  # type: ignore[override]
@@ -161,13 +164,13 @@ class EulerDiscreteScheduler(PublicScheduler, sigma_space.EulerDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, generator, **options)
 
 
-class EulerAncestralDiscreteScheduler(PublicScheduler, sigma_space.EulerAncestralDiscrete):
+class EulerAncestralDiscreteScheduler(DropInScheduler, sigma_space.EulerAncestralDiscrete):
     """Euler's method with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class LMSDiscreteScheduler(PublicScheduler, sigma_space.LMSDiscrete):
+class LMSDiscreteScheduler(DropInScheduler, sigma_space.LMSDiscrete):
     """Linear multistep (k-diffusion's `lms`)."""
 
     def step(  # type: ignore[override]
@@ -179,28 +182,28 @@ class LMSDiscreteScheduler(PublicScheduler, sigma_space.LMSDiscrete):
         return self._advance(model_output, timestep, sample, return_dict, order=int(order))
 
 
-class HeunDiscreteScheduler(PublicScheduler, sigma_space.HeunDiscrete):
+class HeunDiscreteScheduler(DropInScheduler, sigma_space.HeunDiscrete):
     """Heun's method (arXiv 2206.00364)."""
 
 
-class KDPM2DiscreteScheduler(PublicScheduler, sigma_space.KDPM2Discrete):
+class KDPM2DiscreteScheduler(DropInScheduler, sigma_space.KDPM2Discrete):
     """DPM-Solver-2 as in k-diffusion (arXiv 2206.00927)."""
 
 
-class KDPM2AncestralDiscreteScheduler(PublicScheduler, sigma_space.KDPM2AncestralDiscrete):
+class KDPM2AncestralDiscreteScheduler(DropInScheduler, sigma_space.KDPM2AncestralDiscrete):
     """DPM-Solver-2 with fresh noise in each step."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DPMSolverSDEScheduler(PublicScheduler, sigma_space.DPMSolverSDE):
+class DPMSolverSDEScheduler(DropInScheduler, sigma_space.DPMSolverSDE):
     """DPM-Solver++ SDE on one Brownian path (arXiv 2211.01095); needs torchsde."""
 
     def _set_grid(self, grid: Grid, steps: int | None) -> None:
         super()._set_grid(grid, steps)
         self._path: BrownianPath | None = None
 
-    def draw_noise(self, sample: Tensor, generator: Generator, index: int, said: Tensor | None = None) -> Tensor:
+    def draw_noise(self, sample: Tensor, generator: Generator, index: int) -> Tensor:
         """Increment of the path over the row of `timesteps[index]`, (B, C, H, W), with variance 1."""
         if self._path is None:
             self._path = BrownianPath(sample.shape, self.sigmas, self._seed(len(sample), generator))
@@ -230,7 +233,7 @@ class DPMSolverSDEScheduler(PublicScheduler, sigma_space.DPMSolverSDE):
         return self._advance(model_output, timestep, sample, return_dict, generator, noise_scale=float(s_noise))
 
 
-class DPMSolverMultistepScheduler(PublicScheduler, log_snr.DPMSolverMultistep):
+class DPMSolverMultistepScheduler(LogSNRDropIn, log_snr.DPMSolverMultistep):
     """DPM-Solver++, DPM-Solver or their SDE forms, multistep (arXiv 2211.01095)."""
 
     def step(  # type: ignore[override]
@@ -246,21 +249,15 @@ class DPMSolverMultistepScheduler(PublicScheduler, log_snr.DPMSolverMultistep):
         return self._advance(model_output, timestep, sample, return_dict, generator, variance_noise)
 
 
-class DPMSolverSinglestepScheduler(PublicScheduler, log_snr.DPMSolverSinglestep):
+class DPMSolverSinglestepScheduler(LogSNRDropIn, log_snr.DPMSolverSinglestep):
     """DPM-Solver++, DPM-Solver or the SDE form, single-step (arXiv 2211.01095)."""
 
     step = Scheduler.noisy_step  # type: ignore[assignment]
 
 
-class DEISMultistepScheduler(PublicScheduler, log_snr.DEISMultistep):
+class DEISMultistepScheduler(LogSNRDropIn, log_snr.DEISMultistep):
     """DEIS (arXiv 2204.13902)."""
 
 
-class UniPCMultistepScheduler(PublicScheduler, log_snr.UniPCMultistep):
+class UniPCMultistepScheduler(LogSNRDropIn, log_snr.UniPCMultistep):
     """UniPC (arXiv 2302.04867)."""
-
-
-def resolve(class_name: str) -> type[Scheduler]:
-    """The class of a name in `CLASS_NAMES`."""
-    found: type[Scheduler] = globals()[check_class_name(class_name)]
-    return found

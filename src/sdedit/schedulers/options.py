@@ -102,9 +102,10 @@ OPTIONS = {
     "disable_corrector": Option(Sequence[int], ()),
     "solver_p": Option(Any, None, (None,)),
     "noise_sampler_seed": Option(int | Sequence[int] | None, None),
-    # Of flow matching, which Stable Diffusion has none of: accepted where they turn it off.
-    "use_flow_sigmas": Option(bool, False, (False,)),
-    "flow_shift": Option(float, 1.0, (1.0,)),
+    # Of flow matching, with x = (1 - σ) x0 + σ ε; no Stable Diffusion of this kind shifts levels by the picture's size,
+    # so the last three are accepted where they turn that off.
+    "use_flow_sigmas": Option(bool, False),
+    "flow_shift": Option(float, 1.0, low=0),
     "use_dynamic_shifting": Option(bool, False, (False,)),
     "time_shift_type": Option(str, "exponential", ("exponential",)),
     "shift_terminal": Option(float, None, (None,)),
@@ -119,6 +120,7 @@ SHIFT = "use_dynamic_shifting time_shift_type"
 
 LATENT_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}  # the ends of β that Stable Diffusion was trained with
 EPSILON_OR_V = OPTIONS["prediction_type"]._replace(allowed=("epsilon", "v_prediction"))
+OR_FLOW = OPTIONS["prediction_type"]._replace(allowed=("epsilon", "sample", "v_prediction", "flow_prediction"))
 
 
 def take(*names: str, **otherwise: Any) -> dict[str, Option]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +27,7 @@ _SIGMA_FLAGS = {
     "exponential": "use_exponential_sigmas",
     "beta": "use_beta_sigmas",
     "lu": "use_lu_lambdas",
+    "flow": "use_flow_sigmas",
 }
 
 
@@ -44,8 +46,9 @@ class Plan(Configurable):
     order: ClassVar[int] = 1
     solver: ClassVar[Callable[..., Row]]
     layouts: ClassVar[tuple[str, ...]] = ()  # what `lay_out` takes beside the number
+    spacings_together: ClassVar[tuple[tuple[str, ...], ...]] = ()  # which spacings of levels may be asked for together
     in_sigma_space: ClassVar[bool] = False  # the sample is x/α
-    memoryless: ClassVar[bool] = False  # no row needs those before it, so `step` takes any of the timesteps
+    memoryless: ClassVar[bool] = False  # a row depends on its own time alone, so `step` takes any training step
     complete: ClassVar[bool] = False  # `step` works without `set_timesteps`, over all training steps
     keep_signal: ClassVar[bool] = True  # the solver divides by α, so zero SNR is kept just above zero
     bounded: ClassVar[bool] = True  # x0 can be clipped or thresholded
@@ -75,7 +78,9 @@ class Plan(Configurable):
         if c.trained_betas is None:
             betas = s.make_betas(c.beta_schedule, c.beta_start, c.beta_end, count)
         else:
-            betas = s.given_betas(c.trained_betas, count)
+            betas = s.given_betas(c.trained_betas)
+            if len(betas) != count:
+                warnings.warn(f"trained_betas: {len(betas)} values; num_train_timesteps says {count}", stacklevel=4)
         zero_snr = c.get("rescale_betas_zero_snr", False) and "rescale_betas_zero_snr" in self._own
         self._schedule = s.Schedule(
             s.zero_terminal_snr(betas) if zero_snr else betas,
@@ -85,12 +90,12 @@ class Plan(Configurable):
         own = {k: c[k] for k in self._own} if self.bounded else {}
         self.threshold = (c.dynamic_thresholding_ratio, c.sample_max_value) if own.get("thresholding") else None
         self._clip = c.clip_sample_range if own.get("clip_sample") and not self.threshold else math.inf
-        self._set_grid(s.Grid(np.arange(count)[::-1], np.append(self._schedule.sigmas[::-1], 0.0)), None)
+        self._set_grid(s.Grid(np.arange(len(betas))[::-1], np.append(self._schedule.sigmas[::-1], 0.0)), None)
 
     def _sigma_spacing(self) -> str | None:
-        """Which of "karras", "exponential", "beta" and "lu" the config asks for, if any."""
+        """Which of "karras", "exponential", "beta", "lu" and "flow" the config asks for, if any."""
         asked = [kind for kind, flag in _SIGMA_FLAGS.items() if flag in self._own and self.config[flag]]
-        if len(asked) > 1:
+        if len(asked) > 1 and tuple(asked) not in self.spacings_together:
             raise ValueError(f"{', '.join(_SIGMA_FLAGS[k] for k in asked)}: at most one of these can be True")
         return asked[0] if asked else None
 
@@ -148,14 +153,19 @@ class Plan(Configurable):
         if key not in self._solved:
             grid, steps = self._grid, self.num_inference_steps or len(self._grid.times)
             mids = [] if grid.mids is None else grid.mids.tolist()
-            problem = s.Problem(
-                self._schedule, self.config, steps, first, grid.times.tolist(), grid.sigmas.tolist(), mids
-            )
+            sigmas = grid.sigmas.tolist()
+            problem = s.Problem(self._schedule, self.config, steps, first, grid.times.tolist(), sigmas, mids)
             solved = [type(self).solver(problem, i, **options) for i in range(first, len(grid.times))]
-            self._solved[key] = row_functions.finish(
-                solved, clip=self._clip, threshold=self.threshold is not None, keep_m=self.m_field is not None
-            )
+            self._solved[key] = self._finished(solved)
         return self._solved[key]
+
+    def row_of(self, time: int, **options: Any) -> Row:
+        """The row of any training step, also of one that the grid has not; only if the plan is `memoryless`."""
+        raise NotImplementedError
+
+    def _finished(self, solved: Sequence[Row]) -> list[Row]:
+        thresholds, keeps_m = self.threshold is not None, self.m_field is not None
+        return row_functions.finish(solved, clip=self._clip, threshold=thresholds, keep_m=keeps_m)
 
     @property
     def times(self) -> s.Array:
@@ -168,6 +178,11 @@ class Plan(Configurable):
         The rest of it is fresh: z_i = overlap·z_(i-1) + √(1 - overlap²)·z, with z_(i-1) fresh itself.
         """
         return np.zeros(len(self.times) - first)
+
+    @property
+    def sigmas_shown(self) -> s.Array:
+        """(N + 1,) levels as the public `sigmas` has them: σ/α."""
+        return self._grid.sigmas
 
     def place_of(self, timestep: float, times: s.Array | None = None) -> int:
         """Place of a time in the grid's, or in `times`; of its second appearance if there are several."""

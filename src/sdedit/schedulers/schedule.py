@@ -38,7 +38,9 @@ class Schedule:
         bar = _bars(betas)
         if keep_signal:
             bar[-1] = 2**-24  # solvers divide by α: of zero SNR at the end, leave what float32 resolves
-        with np.errstate(divide="ignore"):  # s is infinite at zero SNR; only solvers without s use such a schedule
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # s is infinite at zero SNR, which only solvers without s use
             sigmas = np.sqrt((1 - bar) / bar)
             self.log_sigmas = np.log(sigmas)
         self.alphas_cumprod, self.sigmas = bar.astype(np.float64), sigmas.astype(np.float64)
@@ -105,14 +107,14 @@ def make_betas(kind: str, start: float, end: float, count: int) -> Array:
     return np.minimum(1 - levels[1:] / levels[:-1], 0.999).astype(np.float32)
 
 
-def given_betas(betas: Any, count: int) -> Array:
-    """β of one's own, (`count`,), as float32; a `ValueError` where they are not that many finite numbers."""
+def given_betas(betas: Any) -> Array:
+    """β of one's own, (T,), as float32; a `ValueError` where they are not finite numbers."""
     try:
         given = np.asarray(betas, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"trained_betas: expected {count} finite numbers; {error}") from None
-    if given.shape != (count,):
-        raise ValueError(f"trained_betas: got shape {given.shape}; num_train_timesteps asks for ({count},)")
+        raise ValueError(f"trained_betas: expected finite numbers; {error}") from None
+    if given.ndim != 1 or not len(given):
+        raise ValueError(f"trained_betas: got shape {given.shape}; expected (num_train_timesteps,)")
     if not np.isfinite(given).all():
         first = int(np.argmin(np.isfinite(given)))
         raise ValueError(f"trained_betas: got {given[first]} at place {first}; expected finite numbers")
@@ -214,9 +216,14 @@ def symmetric_beta_quantile(p: Array, a: float = 0.6) -> Array:
     return np.where(p <= 0.5, x, 1 - x)
 
 
-def descending(name: str, given: Sequence[float], below: int) -> Array:
-    """Times or levels of one's own as an array; they must fall, in [0, below)."""
+def descending(name: str, given: Sequence[float], below: int, *, level_end: bool = False) -> Array:
+    """Times or levels of one's own as an array; they must fall, in [0, below).
+
+    Args:
+        level_end: The last step may lead nowhere.
+    """
     found = np.asarray(given)
-    if found.ndim != 1 or not len(found) or (np.diff(found) >= 0).any() or not 0 <= found[-1] <= found[0] < below:
-        raise ValueError(f"{name}: expected falling numbers in [0, {below}); got {list(given)}")
+    steps = np.diff(found)[: -1 if level_end else None]
+    if found.ndim != 1 or not len(found) or (steps >= 0).any() or not 0 <= found[-1] <= found[0] < below:
+        raise ValueError(f"{name}: expected falling numbers in [0, {below}); got {found.tolist()}")
     return found

@@ -45,6 +45,11 @@ class DeepReuse:
         return unet.up(x, skips, temb, context)
 
 
+# The levels of `enable_turbo`, by UNet calls from one whole call to the next (DeepCache's N): where 25 steps of the
+# default model come within 52, 44 and 37 dB of the exact picture (benchmarks/turbo.py; docs/performance.md).
+LEVELS = {1: DeepReuse(every=3), 2: DeepReuse(every=5), 3: DeepReuse(every=8)}
+
+
 class DeepFeatures:
     """What came up from the deep layers in the last two whole calls of a run."""
 

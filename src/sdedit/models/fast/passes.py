@@ -69,7 +69,8 @@ class Pass:
                 installation.users -= 1
                 while installation.layers and not installation.users:
                     layer = installation.layers.pop()
-                    object.__setattr__(layer, "__class__", type(layer).__base__)
+                    if type(layer) in self._fast.values():  # else somebody has made another of it meanwhile
+                        object.__setattr__(layer, "__class__", type(layer).__base__)
 
 
 def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:

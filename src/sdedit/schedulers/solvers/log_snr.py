@@ -24,29 +24,34 @@ from typing import Any
 
 import numpy as np
 
-from sdedit.schedulers.options import FLOW, LEVELS, NOISE, SHIFT, THRESHOLD, take
+from sdedit.schedulers.options import FLOW, LEVELS, NOISE, OR_FLOW, SHIFT, THRESHOLD, take
 from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Array, Grid, Problem, check, descending
-from sdedit.schedulers.solvers import levels, preserving
+from sdedit.schedulers.solvers import levels, preserving, usable
 from sdedit.schedulers.solvers.sigma_space import lagrange_integrals
 
 
 def _row(problem: Problem, i: int, *, of_x0: bool) -> Row:
     """Row with m = x0 if `of_x0`, else m = ε; no update yet."""
-    alpha, sigma = levels(problem.s[i])
+    alpha, sigma = _levels(problem, problem.s[i])
     return preserving(
         problem, i, alpha, sigma, **({"m_x0": 1.0} if of_x0 else {"m_x": 1 / sigma, "m_x0": -alpha / sigma})
     )
+
+
+def _levels(problem: Problem, s: float) -> tuple[float, float]:
+    """(α, σ) at the level s = σ/α."""
+    return levels(s, flow=problem.config["use_flow_sigmas"])
 
 
 def _order(problem: Problem, i: int, *, euler_at_final: bool = False) -> int:
     """Order of row i: what the history allows; 1 where the step leads to s = 0; 2, then 1 at the end of a short run."""
     left, c = len(problem.times) - i, problem.config
     allowed = left if c["lower_order_final"] and len(problem.times) < 15 and left <= 2 else c["solver_order"]
-    if problem.s[i + 1] == 0 or (euler_at_final and left == 1):
+    if problem.s[i + 1] in (0, problem.s[i]) or (euler_at_final and left == 1):
         return 1
-    return int(min(c["solver_order"], i - problem.first + 1, allowed))
+    return min(usable(problem, i, problem.config["solver_order"]), allowed)
 
 
 def phi2(z: float) -> float:
@@ -63,7 +68,7 @@ def _dpm(problem: Problem, i: int, s: float, expansion: Array, *, anchored: bool
         expansion: (order, predictions), D0, D1 … as combinations of predictions.
     """
     algorithm, after = problem.config["algorithm_type"], problem.s[i + 1]
-    (alpha, sigma), (alpha_after, sigma_after) = levels(s), levels(after)
+    (alpha, sigma), (alpha_after, sigma_after) = _levels(problem, s), _levels(problem, after)
     shrink = after / s  # e^-h; 0 for the step to s = 0, where h is infinite
     stochastic, of_x0 = algorithm.startswith("sde"), algorithm.endswith("++")
     if of_x0:
@@ -129,6 +134,8 @@ def dpm_singlestep(problem: Problem, i: int) -> Row:
     m = np.eye(order)[::-1]  # m[0] is the oldest prediction
     if order == 1:
         return _dpm(problem, i, start, m, keep=1.0)
+    if len({*problem.s[i - order + 1 : i + 1]}) < order:  # two levels that it looks back at coincide
+        return _dpm(problem, i, start, m[-1:], anchored=True)
     h = math.log(start / problem.s[i + 1])
     r = [math.log(start / problem.s[j]) / h for j in range(i - order + 1, i + 1)]
     far = (m[-1] - m[0]) / r[-1]
@@ -148,7 +155,7 @@ def deis(problem: Problem, i: int) -> Row:
     """
     nodes = problem.s[i - _order(problem, i) + 1 : i + 1][::-1]
     weights = lagrange_integrals(nodes, problem.s[i], problem.s[i + 1], log=True)
-    alpha, after = levels(problem.s[i])[0], levels(problem.s[i + 1])[0]
+    alpha, after = _levels(problem, problem.s[i])[0], _levels(problem, problem.s[i + 1])[0]
     return _row(problem, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
 
 
@@ -160,11 +167,11 @@ def unipc(problem: Problem, i: int) -> Row:
     (by a mask, a callback) keeps its change.
     """
     c, of_x0 = problem.config, problem.config["predict_x0"]
-    (alpha, sigma), (alpha_after, sigma_after) = levels(problem.s[i]), levels(problem.s[i + 1])
+    (alpha, sigma), (alpha_after, sigma_after) = _levels(problem, problem.s[i]), _levels(problem, problem.s[i + 1])
     a = sigma_after / sigma if of_x0 else alpha_after / alpha
     predicted = _unipc_weights(problem, i, _unipc_order(problem, i), correct=False)
     b = predicted
-    if i > problem.first and i - 1 not in c["disable_corrector"]:
+    if i > problem.first and i - 1 not in c["disable_corrector"] and problem.s[i] != problem.s[i - 1]:
         order = _unipc_order(problem, i - 1)
         change = _unipc_weights(problem, i - 1, order, correct=True)
         change[1:] -= _unipc_weights(problem, i - 1, order, correct=False)
@@ -177,11 +184,7 @@ def unipc(problem: Problem, i: int) -> Row:
 def _unipc_order(problem: Problem, i: int) -> int:
     """As `_order`, but falling to 1 at the end of runs of any length; a step of no length has order 1 too."""
     left = len(problem.times) - i if problem.config["lower_order_final"] else 3
-    return (
-        1
-        if problem.s[i + 1] in (0, problem.s[i])
-        else int(min(problem.config["solver_order"], i - problem.first + 1, left))
-    )
+    return 1 if problem.s[i + 1] in (0, problem.s[i]) else min(usable(problem, i, problem.config["solver_order"]), left)
 
 
 def _unipc_weights(problem: Problem, i: int, order: int, *, correct: bool) -> Array:
@@ -194,7 +197,7 @@ def _unipc_weights(problem: Problem, i: int, order: int, *, correct: bool) -> Ar
         correct: Use the prediction at the end of the step too; its weight comes first.
     """
     s, after, of_x0 = problem.s[i], problem.s[i + 1], problem.config["predict_x0"]
-    alpha, sigma = levels(after)
+    alpha, sigma = _levels(problem, after)
     whole = alpha * (1 - after / s if of_x0 else after - s)
     if order == 1 and not correct:
         return np.array([whole])
@@ -228,6 +231,11 @@ class LogSNR(Plan):
 
     x0_field = None
 
+    def _start(self) -> None:
+        super()._start()
+        if self.config.prediction_type == "flow_prediction" and not self._flows:
+            raise ValueError("prediction_type: 'flow_prediction' needs use_flow_sigmas=True")
+
     def _take(self, name: str, meant: dict[str, str]) -> str:
         """Check an option and replace a value that is another class's."""
         value = meant[check(name, self.config[name], meant)]
@@ -247,12 +255,42 @@ class LogSNR(Plan):
             )
 
     def _visit(self, steps: int, timesteps: Sequence[int] | None = None, **layout: Any) -> Grid:
+        if self._flows:
+            return self._visit_flow(steps)
         times = self._laid(steps) if timesteps is None else descending("timesteps", timesteps, len(self))
         sigmas, table = self._schedule.sigma_at(times), self._schedule.sigmas
         if self._spacing:
             times, sigmas = self._respaced(table[-1], table[0], steps)
             times = times.round() if self._rounds() else times  # the rest is cut off in the conversion to integers
         return Grid(times, np.append(sigmas, self._last(sigmas)))
+
+    @property
+    def _flows(self) -> bool:
+        return bool(self.config.use_flow_sigmas)
+
+    def _visit_flow(self, steps: int) -> Grid:
+        """The grid of flow matching: σ runs over [0, 1], and the time is T σ."""
+        shift, count = self.config.flow_shift, len(self)
+        sigmas = self._even_flow(steps)
+        sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).clip(max=1 - 1e-6)  # s = σ/(1 - σ) stays finite
+        ends = np.append(sigmas, self._last(sigmas)).astype(np.float32).astype(np.float64)
+        return Grid(sigmas * count, ends / (1 - ends))
+
+    def _even_flow(self, steps: int) -> Array:
+        """σ before the shift, (steps,)."""
+        return np.asarray(1 - np.linspace(1, 1 / len(self), steps + 1)[:0:-1])
+
+    def levels(self, places: Sequence[int]) -> tuple[Array, Array]:
+        """See `Plan.levels`; of flow matching, the weights sum to 1."""
+        if not self._flows:
+            return super().levels(places)
+        s = self._grid.sigmas[list(places)]
+        return 1 / (1 + s), s / (1 + s)
+
+    @property
+    def sigmas_shown(self) -> Array:
+        """See `Plan.sigmas_shown`; of flow matching, σ itself."""
+        return self._grid.sigmas / (1 + self._grid.sigmas) if self._flows else super().sigmas_shown
 
     def _laid(self, steps: int) -> Array:
         """Times that leave the last of `steps` + 1 for the end."""
@@ -286,6 +324,7 @@ class DPMSolverMultistep(LogSNR):
         "final_sigmas_type lambda_min_clipped variance_type timestep_spacing",
         "steps_offset rescale_betas_zero_snr",
         SHIFT,
+        prediction_type=OR_FLOW,
     )
     layouts = ("timesteps",)
     solver = staticmethod(dpm_multistep)
@@ -311,6 +350,7 @@ class DPMSolverSinglestep(LogSNR):
         "final_sigmas_type lambda_min_clipped variance_type",
         SHIFT,
         lower_order_final=False,
+        prediction_type=OR_FLOW,
     )
     layouts = ("timesteps",)
     solver = staticmethod(dpm_singlestep)
@@ -343,6 +383,7 @@ class DEISMultistep(LogSNR):
         SHIFT,
         algorithm_type="deis",
         solver_type="logrho",
+        prediction_type=OR_FLOW,
     )
     solver = staticmethod(deis)
 
@@ -370,8 +411,10 @@ class UniPCMultistep(LogSNR):
         SHIFT,
         "sigma_min sigma_max shift_terminal",
         solver_type="bh2",
+        prediction_type=OR_FLOW,
     )
     solver = staticmethod(unipc)
+    spacings_together = (("karras", "flow"),)
 
     def _start(self) -> None:
         super()._start()
@@ -379,4 +422,15 @@ class UniPCMultistep(LogSNR):
         self.threshold = self.threshold if self.config.predict_x0 else None
 
     def _last(self, sigmas: Array) -> float:
-        return super()._last(sigmas) if self.config.final_sigmas_type == "zero" or not self._spacing else sigmas[-1]
+        own = self._spacing and self.config.final_sigmas_type == "sigma_min"
+        return float(sigmas[-1]) if own else super()._last(sigmas)
+
+    def _visit_flow(self, steps: int) -> Grid:
+        if not self.config.use_karras_sigmas:
+            return super()._visit_flow(steps)
+        _, s = self._respaced(self._schedule.sigmas[-1], self._schedule.sigmas[0], steps)
+        last = float(s[-1]) if self.config.final_sigmas_type == "sigma_min" else 0.0
+        return Grid(s / (1 + s) * len(self), np.append(s, last))
+
+    def _even_flow(self, steps: int) -> Array:
+        return np.linspace(1, 1 / len(self), steps + 1)[:-1]

@@ -17,7 +17,7 @@ from sdedit.schedulers.options import EPSILON_OR_V, LATENT_DIFFUSION, LEVELS, NO
 from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Array, Grid, Problem, descending
-from sdedit.schedulers.solvers import levels, x0_of
+from sdedit.schedulers.solvers import levels, usable, x0_of
 
 
 def _row(problem: Problem, i: int, s: float, **update: Any) -> Row:
@@ -61,7 +61,8 @@ def lms(problem: Problem, i: int, *, order: int = 4) -> Row:
     that were never computed, and the weights of the others do not sum to s' - s. So it is in diffusers 0.42.1, whose
     numbers these are; tests/schedulers/test_gaussian.py measures what it costs.
     """
-    weights = lagrange_integrals(problem.s[max(i + 1 - order, 0) : i + 1][::-1], *problem.s[i : i + 2])
+    count = usable(problem._replace(first=0), i, order)
+    weights = lagrange_integrals(problem.s[i + 1 - count : i + 1][::-1], *problem.s[i : i + 2])
     return _row(problem, i, problem.s[i], a=1.0, b=tuple(weights[: i - problem.first + 1]))
 
 
@@ -181,6 +182,7 @@ class EulerDiscrete(SigmaSpace):
         LEVELS,
         "sigma_min sigma_max timestep_spacing timestep_type steps_offset rescale_betas_zero_snr final_sigmas_type",
     )
+    complete = True
     layouts = ("timesteps", "sigmas")
     solver = staticmethod(euler)
 
@@ -188,13 +190,15 @@ class EulerDiscrete(SigmaSpace):
         self, steps: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None, **_: Any
     ) -> Grid:
         if sigmas is not None:
-            levels = descending("sigmas", sigmas, 2**16).astype(np.float32)
+            levels = descending("sigmas", sigmas, 2**16, level_end=True).astype(np.float32)
             return Grid(self._schedule.time_of(levels[:-1]), levels)
         times, levels = self._levels_at(steps, timesteps)
-        if self.config.interpolation_type == "log_linear" and not self._spacing:
-            # One level more than times, as published: no step reaches the last one.
+        if self.config.interpolation_type == "log_linear":  # over the whole schedule, whatever the times
             low, high = self._schedule.log_sigmas[[0, -1]]
+            # Without a spacing, there is one level more than times, as published: no step reaches the last one.
             levels = np.exp(np.linspace(high, low, steps + 1))
+            if self._spacing:
+                times, levels = self._respaced(levels[0], levels[-1], steps)
         last = 0.0 if self.config.final_sigmas_type == "zero" else self._schedule.sigmas[0]
         return Grid(times, np.append(levels, last))
 
@@ -211,6 +215,7 @@ class EulerAncestralDiscrete(SigmaSpace):
     options = take(
         NOISE, "prediction_type timestep_spacing steps_offset rescale_betas_zero_snr", prediction_type=EPSILON_OR_V
     )
+    complete = True
     solver = staticmethod(euler_ancestral)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from sdedit.schedulers.options import EPSILON_OR_V, LATENT_DIFFUSION, NOISE, THRESHOLD, take
 from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Row
-from sdedit.schedulers.schedule import Array, Grid, Problem, descending
+from sdedit.schedulers.schedule import Array, Grid, Problem, Schedule, descending
 from sdedit.schedulers.solvers import preserving, x0_of
 
 
@@ -27,10 +27,10 @@ def ddim(problem: Problem, i: int, *, eta: float = 0.0, clipped_noise: bool = Fa
     # T // steps back, also where the grid is spaced otherwise ("linspace", "trailing"): as published.
     bar, after = (
         problem.schedule.bar(problem.times[i]),
-        problem.schedule.bar(problem.times[i] - len(problem.schedule.betas) // problem.steps),
+        problem.schedule.bar(problem.times[i] - problem.config["num_train_timesteps"] // problem.steps),
     )
     alpha, sigma = math.sqrt(bar), math.sqrt(1 - bar)
-    std = eta * math.sqrt((1 - after) / (1 - bar) * (1 - bar / after))
+    std = eta * math.sqrt(posterior_variance(bar, after))
     toward = math.sqrt(max(1 - after - std**2, 0.0))
     if clipped_noise:  # ε = (x - α x0)/σ
         m = {"m_x": toward / sigma, "m_x0": math.sqrt(after) - toward * alpha / sigma}
@@ -38,6 +38,11 @@ def ddim(problem: Problem, i: int, *, eta: float = 0.0, clipped_noise: bool = Fa
         p, q = x0_of(problem.config["prediction_type"], alpha, sigma)
         m = {"m_x": toward * (1 - alpha * p) / sigma, "m_out": -toward * alpha * q / sigma, "m_x0": math.sqrt(after)}
     return preserving(problem, i, alpha, sigma, c=std, draw=float(eta > 0), **m)
+
+
+def posterior_variance(bar: float, after: float) -> float:
+    """Variance of q(x' | x, x0), from ᾱ to the ᾱ' of a less noisy time (arXiv 2006.11239, equation 7)."""
+    return (1 - after) / (1 - bar) * (1 - bar / after)
 
 
 def ddpm(problem: Problem, i: int) -> Row:
@@ -49,7 +54,7 @@ def ddpm(problem: Problem, i: int) -> Row:
     t, kind = problem.times[i], str(problem.config["variance_type"])
     bar, after = problem.schedule.bar(t), problem.schedule.bar([*problem.times, -1][i + 1])
     alpha = bar / after
-    variance = (1 - alpha) * (1 if kind.startswith("fixed_large") else (1 - after) / (1 - bar))
+    variance = 1 - alpha if kind.startswith("fixed_large") else posterior_variance(bar, after)
     std = 1.0 if kind.startswith("learned") else math.sqrt(max(variance, 1e-20))
     a, b = math.sqrt(alpha) * (1 - after) / (1 - bar), math.sqrt(after) * (1 - alpha) / (1 - bar)
     noise = {"c": std, "draw": 1.0} if t > 0 else {}
@@ -100,7 +105,7 @@ def pndm(problem: Problem, i: int) -> Row:
     early does, but its times have moved on, and each later sample is a step noisier than the UNet is told. So it is
     in diffusers 0.42.1, whose numbers these are; tests/schedulers/test_gaussian.py measures what it costs.
     """
-    times, count, stride = problem.times, i - problem.first, len(problem.schedule.betas) // problem.steps
+    times, count, stride = problem.times, i - problem.first, problem.config["num_train_timesteps"] // problem.steps
     start, end, anchored, runge_kutta = times[i], times[i] - stride, False, not problem.config["skip_prk_steps"]
     weights: tuple[float, ...]
     if runge_kutta and count < 12:  # three steps of four evaluations
@@ -114,14 +119,21 @@ def pndm(problem: Problem, i: int) -> Row:
         weights = _STARTING[count] if count < len(_STARTING) else _FOURTH_ORDER
         if count == 1:  # evaluated at the end of the first step, which it then repeats as Heun's method
             start, end, anchored = times[i] + stride, times[i], True
-    bar, after, now = problem.schedule.bar(start), problem.schedule.bar(end), problem.schedule.bar(times[i])
-    sample = math.sqrt(after / bar)
-    noise = (bar - after) / (bar * math.sqrt(1 - after) + math.sqrt(bar * (1 - bar) * after))
-    if problem.config["prediction_type"] == "v_prediction":  # ε = α v + σ x, of the mean of v
-        sample, noise = sample + noise * math.sqrt(1 - bar), noise * math.sqrt(bar)
+    sample, noise = transfer(problem.schedule, problem.config["prediction_type"], start, end)
+    now = problem.schedule.bar(times[i])
     update = {"p" if anchored else "a": sample, "b": tuple(noise * w for w in weights)}
     keep = float(count % 4 == 0 if runge_kutta else count == 0)
     return preserving(problem, i, math.sqrt(now), math.sqrt(1 - now), m_out=1.0, keep=keep, **update)
+
+
+def transfer(schedule: Schedule, prediction: str, start: int, end: int) -> tuple[float, float]:
+    """(p, q) such that p·x + q·output takes x from time `start` to `end` (arXiv 2202.09778, equation 11)."""
+    bar, after = schedule.bar(start), schedule.bar(end)
+    sample = math.sqrt(after / bar)
+    noise = (bar - after) / (bar * math.sqrt(1 - after) + math.sqrt(bar * (1 - bar) * after))
+    if prediction == "v_prediction":  # ε = α v + σ x, of the mean of v
+        return sample + noise * math.sqrt(1 - bar), noise * math.sqrt(bar)
+    return sample, noise
 
 
 # Adams-Bashforth weights, newest first; those of the first rows skip the output of row 1, which serves that row alone.
@@ -159,6 +171,26 @@ class TrainingStep(Plan):
 
     def _at(self, times: Array) -> Grid:
         return Grid(times, np.append(self._schedule.sigma_at(times), 0.0))
+
+    def time_after(self, time: int) -> int:
+        """The time of the grid that a step from any training step leads to; -1 is the clean end."""
+        below = self._grid.times[self._grid.times < time]
+        return int(below[0]) if len(below) else -1
+
+    def row_of(self, time: int, **options: Any) -> Row:
+        """See `Plan.row_of`."""
+        if not 0 <= time < len(self._schedule.betas):
+            raise ValueError(f"timestep: got {time}; the model was trained on 0 to {len(self._schedule.betas) - 1}")
+        key = (time, *sorted(options.items()))
+        if key not in self._lone:
+            steps = self.num_inference_steps or len(self._grid.times)
+            problem = Problem(self._schedule, self.config, steps, 0, [time, self.time_after(time)], [], [])
+            self._lone[key] = self._finished([type(self).solver(problem, 0, **options)])[0]
+        return self._lone[key]
+
+    def _set_grid(self, grid: Grid, steps: int | None) -> None:
+        super()._set_grid(grid, steps)
+        self._lone: dict[Any, Row] = {}
 
     def levels(self, places: Sequence[int]) -> tuple[Array, Array]:
         """See `Plan.levels`; here σ/α may be infinite."""
