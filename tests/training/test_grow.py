@@ -83,9 +83,9 @@ def test_each_part_trains_what_is_its_own_and_goes_on_from_the_one_before(
     assert not any(name.startswith(("decoder.mid_block", "encoder.mid_block")) for name in changed["outer"])
     assert all(name.startswith(("decoder", "post_quant_conv")) for name in changed["decoder"])
     assert {name.split(".")[0] for name in changed["both"]} >= {"encoder", "decoder"}
-    assert latents.finished_vae().state_dict().keys() == before.keys()
-    # Its latents are the start's, not ones centred anew.
-    assert all(torch.equal(latents.finished_vae().state_dict()[name], before[name]) for name in before)
+    finished = latents.finished_vae().state_dict()  # with the start's latents, not ones centred anew
+    assert finished.keys() == before.keys()
+    assert all(torch.equal(finished[name], before[name]) for name in before)
 
 
 def test_the_loss_sees_latents_that_are_not_the_small_ones(
