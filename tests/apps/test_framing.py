@@ -84,7 +84,7 @@ def test_run_and_again_frame_for_the_default_model(tmp_path: Path) -> None:
     sheet((300, 200), (180, 120)).save(tmp_path / "doodle.png")
     for command in (
         ["run", tmp_path / "doodle.png", "fish", "-o", tmp_path / "fish.png", "--steps", "3", "--seed", "0"],
-        ["again", tmp_path / "fish.png"],
+        ["again", "--trust", tmp_path / "fish.png"],
         ["run", tmp_path / "doodle.png", "fish", "-o", tmp_path / "as-is.png", "--steps", "3", "--size", "original"],
     ):
         result = CliRunner().invoke(app, list(map(str, command)))

@@ -51,7 +51,7 @@ def test_run_and_again(work: Path, folder: Path) -> None:
 
     # From another folder, under another name: the same picture.
     (work / "elsewhere").mkdir()
-    ran = sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere")
+    ran = sdedit("again", "--trust", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere")
     assert ran.returncode == 0, ran.stderr
     with Image.open(work / "out.png") as first, Image.open(work / "elsewhere" / "twice.png") as second:
         assert first.size == (60, 44)
@@ -69,7 +69,7 @@ def test_embeddings_are_loaded_and_kept_in_the_settings(work: Path, folder: Path
     assert "embedding '<x>', 2 vectors\nembedding '<y>', 1 vector\n" in ran.stderr
     assert read_settings(work / "out.png").embeddings == ["words/x, 1.bin", "words/<y>.safetensors"]
     (work / "elsewhere").mkdir()
-    assert sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
+    assert sdedit("again", "--trust", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
     assert sdedit(*run[:4], "plain.png", *run[5:], "--weighting", cwd=work).returncode == 0
     paths = (work / "out.png", work / "elsewhere/twice.png", work / "plain.png")
     drawn, twice, plain = (np.asarray(Image.open(path)) for path in paths)
@@ -83,10 +83,10 @@ def test_embeddings_are_loaded_and_kept_in_the_settings(work: Path, folder: Path
 def test_again_wants_the_same_input_image(work: Path, folder: Path) -> None:
     assert sdedit("run", "in.png", "a", "-o", "o.png", "--model", folder, "--steps", 1, cwd=work).returncode == 0
     picture(60, 44, seed=1).save(work / "in.png")
-    ran = sdedit("again", "o.png", cwd=work)
+    ran = sdedit("again", "--trust", "o.png", cwd=work)
     assert ran.returncode == 0 and "its hash differs" in ran.stderr
     (work / "in.png").unlink()
-    ran = sdedit("again", "o.png", cwd=work)
+    ran = sdedit("again", "--trust", "o.png", cwd=work)
     assert ran.returncode == 2 and "in.png does not exist" in ran.stderr
 
 
@@ -108,14 +108,14 @@ def test_masks_are_kept_in_the_settings(work: Path, folder: Path) -> None:
     assert np.array_equal(first[mask == 0], source[mask == 0])
     assert not np.array_equal(first, source)
     (work / "elsewhere").mkdir()
-    assert sdedit("again", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
+    assert sdedit("again", "--trust", work / "out.png", "-o", "twice.png", cwd=work / "elsewhere").returncode == 0
     assert np.array_equal(first, np.asarray(Image.open(work / "elsewhere/twice.png")))
     # At another size the mask is brought there with the image.
     assert sdedit(*run[:4], "small.png", *run[5:11], "--size", "32x32", *masks[:2], cwd=work).returncode == 0
     Image.fromarray(mask[:20]).save(work / "levels.png")
     ran = sdedit(*run, *masks, cwd=work)
     assert ran.returncode == 2 and "--strength-map: 60×20 for an image of 60×44 pixels" in ran.stderr
-    ran = sdedit("again", "out.png", cwd=work)
+    ran = sdedit("again", "--trust", "out.png", cwd=work)
     assert ran.returncode == 2 and "its hash differs" in ran.stderr
 
 
@@ -132,7 +132,7 @@ def test_composite(work: Path, folder: Path) -> None:
         np.asarray(Image.open(work / name)) for name in ("out.png", "out-pasted.png", "out-mask.png", "in.png")
     )
     assert np.array_equal(out[mask == 0], source[mask == 0]) and (pasted[15, 14] == (255, 0, 0)).all()
-    assert sdedit("again", "out.png", "-o", "twice.png", cwd=work).returncode == 0
+    assert sdedit("again", "--trust", "out.png", "-o", "twice.png", cwd=work).returncode == 0
     assert np.array_equal(out, np.asarray(Image.open(work / "twice.png")))
     ran = sdedit("composite", "in.png", "in.png", "--at", "2,3", *common, cwd=work)
     assert ran.returncode == 2 and "nothing in it is transparent" in ran.stderr

@@ -48,7 +48,7 @@ def test_search_writes_what_again_draws(work: Path, folder: Path) -> None:
         strength, reached = read_settings(work / "out.png").strength, l2_faithfulness(drawn, picture(60, 44))
     assert f"strength {strength:.3f}: {reached:.3f} faithful by l2" in ran.stdout
     assert "UNet calls for" in ran.stderr
-    assert sdedit("again", "out.png", "-o", "twice.png").exit_code == 0
+    assert sdedit("again", "--trust", "out.png", "-o", "twice.png").exit_code == 0
     assert np.abs(pixels("out.png") - pixels("twice.png")).max() <= 1
 
 

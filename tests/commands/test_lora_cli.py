@@ -48,7 +48,7 @@ def test_run_and_again(folder, tmp_path, monkeypatch):
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    sdedit("again", tmp_path / "out.png", "-o", "twice.png")
+    sdedit("again", "--trust", tmp_path / "out.png", "-o", "twice.png")
     assert np.array_equal(pixels("twice.png"), pixels(tmp_path / "out.png"))
 
 
@@ -81,6 +81,9 @@ def test_weights(text, want):
 
 def test_settings_survive_their_text():
     settings = PictureSettings(
-        prompt="a cat", steps=9, lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)]
+        prompt="a cat",
+        steps=9,
+        version="sdedit 1",
+        lora=[("C:\\a, b.safetensors", 0.25), ('../"x" <y>.pt', -1.0), ("owner/name", 1.0)],
     )
     assert from_text(to_text(settings)) == settings

@@ -2,41 +2,97 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import struct
 import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 
 from conftest import picture
 from sdedit import EulerDiscreteScheduler
-from sdedit.commands.metadata import from_text, read_settings, sampler_label, scheduler_from_label, to_text
+from sdedit.commands.foreign import scheduler_from_label
+from sdedit.commands.metadata import from_text, read_settings, sampler_label, to_text
 from sdedit.commands.saving import save_picture
-from sdedit.commands.settings import SUITED, USUAL, PictureSettings
+from sdedit.commands.settings import SUITED, USUAL, LoraWeight, PictureSettings
 from sdedit.inputs.pixels import open_image
 
-# A prompt that is only blank, or begins like the next line of the format, cannot be told apart in it.
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=60).map(str.strip)
-PROMPT = TEXT.filter(lambda t: not t.startswith("Negative prompt:"))
-
-
-@given(
-    prompt=PROMPT,
-    negative=TEXT,
-    steps=st.integers(1, 1000),
-    guidance=st.floats(0, 50),
-    seed=st.integers(0, 2**32 - 1),
-    strength=st.floats(0, 1),
-    size=st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
-    image=st.one_of(st.none(), TEXT.filter(bool)),
-    embeddings=st.lists(TEXT.filter(bool), max_size=3),
+LINE = "Steps: 6, Sampler: Euler, CFG scale: 3, Seed: 1"
+TEXT = st.text(max_size=60) | st.text('aA:,"<>[]{}\\ \n\t\0é苹\udcff', max_size=30)
+PROMPT = TEXT | st.sampled_from(
+    ["Negative prompt: a", "a\nNegative prompt: b\nNegative prompt:", LINE, f"a\n{LINE}\n "]
 )
-def test_settings_survive_their_text(**values: object) -> None:
-    settings = PictureSettings(**values, sampler="DPM++ 2M", schedule_type="Karras")  # type: ignore[arg-type]
-    assert from_text(to_text(settings)) == settings
+NAME = TEXT.filter(bool)
+
+
+@st.composite
+def any_settings(draw: st.DrawFn) -> PictureSettings:
+    """Settings of a picture that was drawn, whatever it was asked for."""
+    numbers = {
+        "steps": st.integers(1, 10_000),
+        "guidance": st.floats(-1e6, 1e6),
+        "seed": st.integers(0, 2**64 - 1),
+        "strength": st.floats(0, 1),
+        "extra_noise": st.floats(0, 1),
+        "repeats": st.integers(1, 1000),
+        "feather": st.integers(0, 10_000),
+        "clip_skip": st.integers(0, 12),
+        "size": st.none() | st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
+    }
+    texts = (
+        "image",
+        "image_hash",
+        "mask",
+        "mask_hash",
+        "strength_map",
+        "scheduler",
+        "sampler",
+        "schedule_type",
+        "dtype",
+    )
+    flags = ("framed", "exact_steps", "weighting")
+    return PictureSettings(
+        prompt=draw(PROMPT),
+        negative=draw(PROMPT),
+        model=draw(NAME),
+        embeddings=draw(st.lists(NAME, max_size=3)),
+        lora=draw(st.lists(st.builds(LoraWeight, NAME, st.floats(-9, 9)), max_size=3)),
+        version="sdedit 0.1.0",
+        **{name: draw(values) for name, values in numbers.items()},
+        **{name: draw(st.none() | NAME) for name in texts},
+        **{name: draw(st.booleans()) for name in flags},
+    )
+
+
+@given(any_settings())
+@settings(max_examples=300, deadline=None)
+def test_settings_survive_their_text(given: PictureSettings) -> None:
+    assume(given.dtype != "auto")
+    assert from_text(to_text(given)) == given
+
+
+@given(any_settings())
+@settings(max_examples=50, deadline=None)
+def test_settings_survive_a_png(given: PictureSettings) -> None:
+    assume(given.dtype != "auto")
+    file = io.BytesIO()
+    info = PngInfo()
+    info.add_text("parameters", to_text(given))
+    Image.new("L", (8, 8)).save(file, "PNG", pnginfo=info)
+    with Image.open(file) as read:
+        assert from_text(read.info["parameters"]) == given
+
+
+@given(st.text(max_size=200) | st.text(':,"[]{}\\ \nStepskaSize0x<>', max_size=300))
+def test_any_text_is_settings_or_an_error(text: str) -> None:
+    for one in (text, f"{text}\n{LINE}", f"a\n{LINE}, {text}"):
+        with contextlib.suppress(ValueError):
+            from_text(one)
 
 
 def test_reads_what_the_web_ui_writes() -> None:
@@ -60,7 +116,7 @@ def test_text_that_is_no_settings_is_an_error(text: str) -> None:
 
 
 def test_other_tools_find_the_text_in_the_png(tmp_path: Path) -> None:
-    settings = PictureSettings(prompt="café, 苹果", seed=5, steps=9)
+    settings = PictureSettings(prompt="café, 苹果", seed=5, steps=9, version="sdedit 1")
     save_picture(picture(), tmp_path / "a.png", settings)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == to_text(settings)

@@ -24,7 +24,7 @@ MAIN = "from sdedit.commands.cli import main; main()"
 # Every command that writes: what is typed before `-o OUT`.
 WRITERS = {
     "run": ("run", "in.png", "a"),
-    "again": ("again", "old.png"),
+    "again": ("again", "--trust", "old.png"),
     "sweep": ("sweep", "in.png", "a"),
     "search": ("search", "in.png", "a"),
     "composite": ("composite", "in.png", "in.png", "a", "--at", "1,1"),

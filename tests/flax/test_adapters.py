@@ -187,7 +187,7 @@ def test_the_command_line(folder: Path, image: Any, tmp_path: Path, monkeypatch:
     assert sdedit(*given, *options, "--size", "original") == 0, capsys.readouterr()
     settings = read_settings(tmp_path / "out.png")
     assert settings.backend == "jax" and settings.sampler == "Euler a" and settings.lora[0][1] == 0.5
-    assert sdedit("again", tmp_path / "out.png", "-o", tmp_path / "again.png") == 0, capsys.readouterr()
+    assert sdedit("again", "--trust", tmp_path / "out.png", "-o", tmp_path / "again.png") == 0, capsys.readouterr()
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
     assert sdedit(*given, "--backend", "jax", "--exact-steps") == 2
     assert "--exact-steps: not with --backend jax" in capsys.readouterr().err

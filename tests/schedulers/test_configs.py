@@ -255,7 +255,7 @@ def test_zero_snr_needs_a_prediction_that_says_something() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match=r"scheduler: no 'eulr'; there are ddim, "):
+    with pytest.raises(ValueError, match=r"scheduler eulr; expected one of ddim, "):
         make_scheduler("eulr")
     with pytest.raises(AttributeError, match="no attribute 'EulrScheduler'"):
         _ = schedulers.EulrScheduler

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
+from sdedit.commands.again import again
 from sdedit.commands.composite import composite
-from sdedit.commands.evaluate import evaluate
+from sdedit.commands.evaluate import evaluate, strokes
 from sdedit.commands.models import inspect, models
-from sdedit.commands.run import again, run
+from sdedit.commands.run import run
 from sdedit.commands.saving import Unbreakable, say, tell
 from sdedit.commands.strengths import search, sweep
-from sdedit.commands.strokes import strokes
 from sdedit.commands.train import app as train
 
 app = typer.Typer(

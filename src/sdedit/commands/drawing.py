@@ -25,14 +25,14 @@ def check(settings: PictureSettings, place: Place, output: Path | None = None, c
     Raises:
         ValueError, FileNotFoundError: Something cannot be; the message names the option.
     """
-    from sdedit.schedulers.names import SCHEDULERS
+    from sdedit.schedulers.names import named
 
     if output is not None:
         check_output(output, count=count)
     check_ranges(settings)
     asked_size(place)
-    if settings.scheduler not in (None, "own", *SCHEDULERS):
-        raise ValueError(f"--scheduler {settings.scheduler}; expected one of {', '.join(SCHEDULERS)}")
+    if settings.scheduler not in (None, "own"):
+        named(settings.scheduler, "--scheduler")
     if settings.dtype not in (None, *_DTYPES):
         raise ValueError(f"--dtype {settings.dtype}; expected auto, {', '.join(_DTYPES)}")
     if settings.backend not in BACKENDS:
@@ -140,6 +140,7 @@ class Torch:
             "extra_noise": settings.extra_noise,
             "repeats": settings.repeats,
             "prompt_weighting": settings.weighting,
+            "clip_skip": settings.clip_skip or None,
         }
 
     def draw(
@@ -170,7 +171,7 @@ class Jax:
     """JAX: see `Backend`; the networks' weights are `params`, beside the pipeline."""
 
     pipe: Any
-    _not_here = ("exact_steps", "extra_noise", "repeats", "weighting", "mask", "strength_map")
+    _not_here = ("exact_steps", "extra_noise", "repeats", "weighting", "clip_skip", "mask", "strength_map")
 
     def __init__(self, settings: PictureSettings, device: str) -> None:
         usual = PictureSettings()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-_FILES = ("image", "mask", "strength_map")
+FILES = ("image", "mask", "strength_map")
 
 
 class Suits(NamedTuple):
@@ -63,6 +63,8 @@ class PictureSettings:
         size: (width, height) in pixels of the picture, to which the input image is brought; `feather` is in them, too.
         framed: The drawing was brought to the middle of a sheet that it fills, before the size.
         sampler, schedule_type: The web UI's names of the scheduler; `scheduler` is ours.
+        version: The program that wrote them.
+        unused: What else another program wrote, and is not used here.
     """
 
     image: Annotated[
@@ -128,6 +130,9 @@ class PictureSettings:
         list[str],
         typer.Option("--embedding", help="A textual inversion, for its word in prompts; may be given several times."),
     ] = field(default_factory=list)
+    clip_skip: Annotated[
+        int, typer.Option(min=0, max=100, help="Leave out that many of the text encoder's last layers.")
+    ] = 0
     image_hash: str | None = None
     mask_hash: str | None = None
     strength_map_hash: str | None = None
@@ -136,6 +141,7 @@ class PictureSettings:
     size: tuple[int, int] | None = None
     framed: bool = False
     version: str | None = None
+    unused: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         self.dtype = None if self.dtype == "auto" else self.dtype
@@ -156,7 +162,7 @@ class PictureSettings:
         def there(name: str) -> str:
             return relative(name, folder) if name != "-" and Path(name).exists() else name
 
-        files: dict[str, Any] = {name: there(path) for name in _FILES if (path := getattr(self, name))}
+        files: dict[str, Any] = {name: there(path) for name in FILES if (path := getattr(self, name))}
         files["model"] = self.model if self.model == "default" else there(self.model)
         files["embeddings"] = [there(name) for name in self.embeddings]
         files["lora"] = [LoraWeight(there(name), weight) for name, weight in self.lora]
@@ -168,7 +174,7 @@ class PictureSettings:
         Raises:
             FileNotFoundError: One of them is not there.
         """
-        for name in _FILES:
+        for name in FILES:
             path = getattr(self, name)
             setattr(self, f"{name}_hash", None if path is None else hash_file(path))
 

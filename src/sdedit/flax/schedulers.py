@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from sdedit.schedulers import rows as row_functions
-from sdedit.schedulers.names import CLASS_NAMES, SCHEDULERS, resolve_plan
+from sdedit.schedulers.names import CLASS_NAMES, named, resolve_plan
 from sdedit.schedulers.plan import Plan
 from sdedit.schedulers.rows import Row
 
@@ -265,9 +265,7 @@ def flax_class(class_name: str) -> type[FlaxScheduler]:
 
 def make_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> FlaxScheduler:
     """Make the scheduler of a short name, such as "dpm++-2m-karras": see `sdedit.schedulers.make_scheduler`."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler: no {name!r}; there are {', '.join(SCHEDULERS)}")
-    found = SCHEDULERS[name]
+    found = named(name)
     return flax_class(found.class_name).from_config(config or {}, **{**found.options, **overrides})
 
 

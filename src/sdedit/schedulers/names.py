@@ -84,6 +84,37 @@ SCHEDULERS = {
     "tcd": Named("TCDScheduler", "TCD"),
 }
 
+# What may follow a name of `SCHEDULERS`, to ask for another spacing of its steps: "euler-exponential", "ddim-trailing".
+SPACINGS: dict[str, Mapping[str, Any]] = {
+    "karras": _KARRAS,
+    "exponential": _EVEN | {"use_exponential_sigmas": True},
+    "beta": _EVEN | {"use_beta_sigmas": True},
+    "linspace": {"timestep_spacing": "linspace"},
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+}
+
+
+def named(name: str, argument: str = "scheduler") -> Named:
+    """The scheduler of a short name: a key of `SCHEDULERS`, and after it any of `SPACINGS`.
+
+    Args:
+        argument: What the name was given as, for the message.
+
+    Raises:
+        ValueError: There is none of that name, or it has no such spacing.
+    """
+    base = name
+    spacing: dict[str, Any] = {}
+    while base not in SCHEDULERS and (cut := base.rpartition("-"))[2] in SPACINGS:
+        base, spacing = cut[0], {**SPACINGS[cut[2]], **spacing}
+    known = SCHEDULERS.get(base)
+    if known is None or ("use_karras_sigmas" in spacing and "use_karras_sigmas" not in known.options):
+        raise ValueError(
+            f"{argument} {name}; expected one of {', '.join(SCHEDULERS)}; -{', -'.join(SPACINGS)} may follow"
+        )
+    return known._replace(options={**known.options, **spacing})
+
 
 def check_class_name(class_name: str) -> str:
     """Give back a name of `CLASS_NAMES`; raise a `ValueError` that names them for any other."""
@@ -103,13 +134,11 @@ def make_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrid
     """Make the scheduler of a short name, with the noise schedule of a model.
 
     Args:
-        name: A key of `SCHEDULERS`, as "dpm++-2m-karras".
+        name: See `named`, as "dpm++-2m-karras".
         config: Config of the model's own scheduler, of whichever class.
         **overrides: Further options of the class.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler: no {name!r}; there are {', '.join(SCHEDULERS)}")
-    found = SCHEDULERS[name]
+    found = named(name)
     made: Scheduler = later(f"sdedit.schedulers.classes:{found.class_name}").from_config(
         config or {}, **{**found.options, **overrides}
     )
