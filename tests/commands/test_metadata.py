@@ -165,8 +165,8 @@ def test_the_default_model_takes_a_few_exact_steps_unless_steps_are_given() -> N
     few, asked, large, jax = (
         PictureSettings(prompt="cat", **given) for given in ({}, {"steps": 20}, {"model": "folder"}, {"backend": "jax"})
     )
-    for settings in (few, asked, large, jax):
-        settings.suit()
+    for asking in (few, asked, large, jax):
+        asking.suit()
     assert (few.steps, few.exact_steps) == (SUITED.steps, True) and few.steps < 10
     assert (asked.steps, asked.exact_steps) == (20, False)  # as a picture of before says it was drawn
     assert (large.steps, large.exact_steps) == (USUAL.steps, False)
