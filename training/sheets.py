@@ -17,7 +17,7 @@ from paths import EXPORT, REPOSITORY, read_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.apps import framing
 from sdedit.apps.sheets import contact_sheet
-from sdedit.commands.options import SUITED
+from sdedit.commands.settings import SUITED
 
 EXAMPLES = REPOSITORY / "examples"
 GROUNDS = {"white": "#ffffff", "dark": "#202030", "blue": "#3060c0", "light blue": "#bfe3f2"}
