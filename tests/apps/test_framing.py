@@ -162,7 +162,7 @@ def test_run_and_again_frame_for_the_default_model(tmp_path: Path) -> None:
     pictures = [Image.open(tmp_path / name) for name in ("fish.png", "fish-again.png", "as-is.png")]
     for picture in pictures:
         picture.load()  # and close the file
-    assert [picture.size for picture in pictures] == [(128, 128), (128, 128), (300, 200)]
+    assert [picture.size for picture in pictures] == [(256, 256), (256, 256), (300, 200)]
     assert [read_settings(picture.filename).framed for picture in pictures] == [True, True, False]
     assert np.array_equal(*map(np.asarray, pictures[:2]))
 
