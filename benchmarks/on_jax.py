@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
-    image = Image.open(APPLE).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS)
+    image = Image.open(APPLE).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
 
     runs: dict[str, Callable[[float], Any]] = {}
     rows: dict[str, list[float]] = {}

@@ -83,7 +83,7 @@ def measure() -> tuple[dict[str, Any], list[Image.Image]]:
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
-    guides = [Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((128, 128)) for name in GUIDES]
+    guides = [Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize((256, 256)) for name in GUIDES]
     pipe.scheduler = make_scheduler("ddim", config)
     answer = draw(pipe, guides, 200)[0]
     results: dict[str, Any] = {}

@@ -43,7 +43,7 @@ def processes(folder: Path) -> dict[str, list[str]]:
     from PIL import Image
 
     image = folder / "in.png"
-    Image.open(ROOT / "examples" / "apple.png").convert("RGB").resize((128, 128)).save(image)
+    Image.open(ROOT / "examples" / "apple.png").convert("RGB").resize((256, 256)).save(image)
     names = {"model": str(ROOT / "src" / "sdedit" / "default_model"), "image": str(image)}
     run = ["run", str(image), "red apple, 3d", "-o", str(folder / "c.png"), "--size", "original", "--seed", "0"]
     return {

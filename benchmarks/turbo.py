@@ -40,7 +40,7 @@ def draw(pipe: Any, steps: int, seeds: int, **given: Any) -> tuple[np.ndarray[An
 def default_model() -> tuple[Any, dict[str, Any]]:
     """The pipeline, and what it is given."""
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained()
-    image = Image.open(ROOT / "examples" / "apple.png").convert("RGB").resize((128, 128))
+    image = Image.open(ROOT / "examples" / "apple.png").convert("RGB").resize((256, 256))
     return pipe, {"prompt": "red apple, 3d", "image": image, "guidance_scale": 3}
 
 

@@ -103,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    inputs = read_inputs(held_out(args.work / f"pictures-{args.count}", args.count), 128)
+    inputs = read_inputs(held_out(args.work / f"pictures-{args.count}", args.count), 256)
 
     def run(name: str, strengths: tuple[float, ...], **settings: Any) -> Any:
         print(name, flush=True)

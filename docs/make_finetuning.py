@@ -37,7 +37,7 @@ SETTINGS = {
 def doodle(name: str) -> Image.Image:
     """An example as the default model likes it: filling the sheet, at the model's own size."""
     image = framed(Image.open(ROOT / "examples" / f"{name}.png").convert("RGB"))
-    return image.resize((128, 128), Image.Resampling.LANCZOS)
+    return image.resize((256, 256), Image.Resampling.LANCZOS)
 
 
 def draw(pipe: StableDiffusionImg2ImgPipeline) -> list[Image.Image]:

@@ -16,10 +16,10 @@ from sdedit.apps.framing import framed
 from sdedit.apps.sheets import contact_sheet
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": True}
+SETTINGS = {"num_inference_steps": 5, "guidance_scale": 3.0, "exact_steps": True}
 
 
-def drawing(name: str, size: int = 128) -> Image.Image:
+def drawing(name: str, size: int = 256) -> Image.Image:
     """An example as the default model likes it: filling the sheet."""
     image = framed(Image.open(ROOT / "examples" / f"{name}.png").convert("RGB"))
     return image.resize((size, size), Image.Resampling.LANCZOS)
@@ -48,21 +48,21 @@ def main() -> None:
     house = drawing("house")
 
     mask = Image.new("L", house.size)
-    ImageDraw.Draw(mask).polygon([(0, 67), (64, 8), (128, 67)], fill=255)
+    ImageDraw.Draw(mask).polygon([(0, 134), (128, 16), (256, 134)], fill=255)
     arguments = {"strength": 0.7, **SETTINGS}
     masked = pipe("house, 3d", house, mask_image=mask, generator=seeded(), **arguments).images[0]
     whole = pipe("house, 3d", house, generator=seeded(), **arguments).images[0]
     save("mask", [house, mask, masked, whole], ["before", "mask: white changes", "after", "without a mask"])
 
-    ramp = np.linspace(0, 0.8, 128, dtype=np.float32)[None].repeat(128, 0)
+    ramp = np.linspace(0, 0.8, 256, dtype=np.float32)[None].repeat(256, 0)
     mapped = pipe("house, 3d", house, strength_map=ramp, generator=seeded(), **{**arguments, "strength": 1.0}).images[0]
     shown = Image.fromarray(np.uint8(ramp * 255))
     save("strength-map", [house, shown, mapped], ["before", "map: 0 to 0.8", "after"])
 
     tree = pipe("tree, noto", drawing("tree"), strength=0.6, generator=seeded(), **SETTINGS).images[0]
     made = pipe.composite(
-        tree, [cutout("apple"), cutout("apple")], "tree with apples, noto", [(30, 30), (66, 48)], 0.11,
-        strength=0.3, margin=4, generator=seeded(), **SETTINGS,
+        tree, [cutout("apple"), cutout("apple")], "tree with apples, noto", [(60, 60), (132, 96)], 0.22,
+        strength=0.3, margin=8, generator=seeded(), **SETTINGS,
     )  # fmt: skip
     pictures = [tree, made.image, made.mask, made.result]
     save("composite", pictures, ["background", "pasted", "mask", "after"])

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SHOWN = ("apple", "cat", "house", "car", "boat", "face", "tree", "fish")
 PROMPTS = {name: json.loads((EXAMPLES / "prompts.json").read_text("utf-8"))[name] for name in SHOWN}
-SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0, "exact_steps": True}
+SETTINGS = {"num_inference_steps": 5, "guidance_scale": 3.0, "exact_steps": True}
 
 
 def doodle(name: str) -> Image.Image:
     """An example as the default model likes it: filling the sheet, at the model's own size."""
     image = framed(Image.open(EXAMPLES / f"{name}.png").convert("RGB"))
-    return image.resize((128, 128), Image.Resampling.LANCZOS)
+    return image.resize((256, 256), Image.Resampling.LANCZOS)
 
 
 def search_sheet(pipe: StableDiffusionImg2ImgPipeline) -> Image.Image:

@@ -19,6 +19,8 @@ def write_card(folder: Path) -> None:
         "total": history["vae"] + history["unet"] + history["text"],
         "psnr": figures["vae"]["psnr"],
         "held_out": figures["vae"]["pictures"],
+        "tiny_psnr": figures["tiny_vae"]["psnr"],
+        "tiny_own": figures["tiny_vae"]["own"],
         "every": HOLD_OUT_EVERY,
         "gallery": figures["gallery"],
         "dtype": figures["settings"]["dtype"],

@@ -1,8 +1,8 @@
-"""Emoji in four styles, from the npm registry, as one array of 128x128 RGBA pictures and a list of what they show.
+"""Emoji in four styles, from the npm registry, as one array of 256x256 RGBA pictures and a list of what they show.
 
     python training/data.py
 
-writes `images.npy` (N, 128, 128, 4), uint8, and `items.json` into the work folder (see paths.py).
+writes `images.npy` (N, 256, 256, 4), uint8, and `items.json` into the work folder (see paths.py).
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 
 from paths import work_folder, write_json
 
-SIZE = 128
+SIZE = 256
 HOLD_OUT_EVERY = 40  # every 40th emoji, in all its styles, is kept from the VAE to measure it
 NAMES = "emojibase-data@17.0.0"
 STYLES = {  # the word for a prompt -> the package
@@ -169,7 +169,7 @@ def build() -> None:
 
 @cache
 def load() -> tuple[np.ndarray, list[Item]]:
-    """The pictures (N, 128, 128, 4), memory-mapped, and their items; made first when they are missing."""
+    """The pictures (N, 256, 256, 4), memory-mapped, and their items; made first when they are missing."""
     if not (work_folder() / "items.json").exists():
         build()
     items = [Item(**item) for item in json.loads((work_folder() / "items.json").read_text("utf-8"))]

@@ -25,12 +25,12 @@ from data import SIZE, STYLES, Item, load, on_ground
 from doodles import doodle_sheet
 from features import judge, share_right
 from paths import EXPORT, read_json, write_json
-from sdedit import StableDiffusionImg2ImgPipeline
+from sdedit import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from sdedit.apps.strokes import simulate_strokes
 from sdedit.commands.settings import SUITED
 from train_vae import pools, psnr
 
-BRUSH = 11  # side of the median filter: the paper's 23 pixels of 256 at our size
+BRUSH = 23  # side of the median filter, as in the paper
 BATCH = 20
 
 
@@ -88,7 +88,7 @@ class Draws:
 
 
 def drawn(pipe: Any, draws: list[Draw], strength: float, **settings: Any) -> Iterator[np.ndarray]:
-    """The pictures, (128, 128, 3) in [0, 1] each; draw i has seed i."""
+    """The pictures, (256, 256, 3) in [0, 1] each; draw i has seed i."""
     for start in range(0, len(draws), BATCH):
         part = draws[start : start + BATCH]
         yield from pipe(
@@ -140,7 +140,11 @@ def measure(pipe: Any, history: dict[str, Any], count: int) -> dict[str, Any]:
     """What a pipeline's pictures are nearest to; `history` is its training.json."""
     pictures, items = load()
     learned = list(things())[: history["things"]]
-    settings = {"num_inference_steps": SUITED.steps, "guidance_scale": SUITED.guidance}
+    settings = {
+        "num_inference_steps": SUITED.steps,
+        "exact_steps": SUITED.exact_steps,
+        "guidance_scale": SUITED.guidance,
+    }
     dtype = str(pipe.dtype).removeprefix("torch.")
     figures: dict[str, Any] = {
         "settings": {**settings, "scheduler": type(pipe.scheduler).__name__, "dtype": dtype},
@@ -188,7 +192,11 @@ def main() -> None:
     pipe, other = (load_pipe(args.folder, dtype, args.device) for dtype in ("float32", args.dtype))
     pictures, items = load()
     held_out = pools(items)[2]
-    figures = {"vae": {"psnr": psnr(pipe.vae, pictures, held_out), "pictures": len(held_out)}}
+    tiny = AutoencoderTiny.from_pretrained(args.folder, subfolder="tiny_vae").to(args.device)
+    figures = {
+        "vae": {"psnr": psnr(pipe.vae, pictures, held_out), "pictures": len(held_out)},
+        "tiny_vae": {"psnr": psnr(tiny, pictures, held_out, pipe.vae), "own": psnr(tiny, pictures, held_out)},
+    }
     print(figures, flush=True)
     figures |= measure(other, read_json(args.folder / "training.json"), args.draws)
     write_json(figures, args.folder / "figures.json")

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from captions import things
+from grow import PARTS, file
 from latents import finished_vae
 from loop import read_state
-from model import SCHEDULER, UNET, VAE, averaged, new_denoiser, start_folder, tokenizer
+from model import SCHEDULER, TINY, UNET, VAE, averaged, new_denoiser, new_tiny, start_folder, tokenizer
 from paths import EXPORT, read_json, work_folder, write_json
 from sdedit.apps.finetune.objective import Denoiser
 
@@ -70,29 +71,36 @@ def towards_start(denoiser: Denoiser, share: float) -> Denoiser:
     return denoiser
 
 
-def history(denoiser: Denoiser, vae: nn.Module, start_share: float) -> dict[str, Any]:
+def history(denoiser: Denoiser, vae: nn.Module, tiny: nn.Module, start_share: float) -> dict[str, Any]:
     """What the card says of sizes and of the training; what an earlier training did is added to it."""
-    parts = {"vae": vae, "unet": denoiser.unet, "text": denoiser.text_encoder}
+    parts = {"vae": vae, "tiny": tiny, "unet": denoiser.unet, "text": denoiser.text_encoder}
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     start = start_folder()
     before = read_json(start / "training.json") if start else {}
     steps: dict[str, Any] = {}
-    for part in ("vae", "unet"):
-        file = work_folder() / f"{part}.pt"
-        state = read_state(file) if file.exists() else {"step": 0, "seconds": 0.0}
-        steps[f"{part}_steps"] = before.get(f"{part}_steps", 0) + state["step"]
-        steps[f"{part}_minutes"] = round(before.get(f"{part}_minutes", 0) + state["seconds"] / 60)
-    pictures = len(set(read_json(work_folder() / "latents.json")))
+    for part, names in {
+        "vae": (*(file(part).stem for part in PARTS), "vae"),
+        "tiny": ("tiny",),
+        "unet": ("unet",),
+    }.items():
+        paths = [work_folder() / f"{name}.pt" for name in names]
+        states = [read_state(path) for path in paths if path.exists()]
+        steps[f"{part}_steps"] = before.get(f"{part}_steps", 0) + sum(state["step"] for state in states)
+        minutes = sum(state["seconds"] for state in states) / 60
+        steps[f"{part}_minutes"] = round(before.get(f"{part}_minutes", 0) + minutes)
+    rows = work_folder() / "latents.json"
+    pictures = len(set(read_json(rows))) if rows.exists() else before["pictures"]
     return {**sizes, **steps, "things": len(things()), "pictures": pictures, "start_share": start_share}
 
 
 def export(folder: Path, start_share: float = 0.0) -> None:
     """Write all parts."""
     denoiser = towards_start(averaged(new_denoiser(), work_folder() / "unet.pt"), start_share)
-    vae = finished_vae()
+    vae, tiny = finished_vae(), averaged(new_tiny(), work_folder() / "tiny.pt")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(LAYOUT, folder / "model_index.json")
     write_model(folder / "vae", "AutoencoderKL", VAE, vae)
+    write_model(folder / "tiny_vae", "AutoencoderTiny", TINY, tiny)
     write_model(folder / "unet", "UNet2DConditionModel", UNET, denoiser.unet)
     write_text_encoder(folder / "text_encoder", denoiser.text_encoder)
     write_config(folder / "scheduler", "scheduler_config.json", "DDIMScheduler", SCHEDULER)
@@ -101,7 +109,7 @@ def export(folder: Path, start_share: float = 0.0) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
         (folder / "tokenizer" / name).write_bytes((source / name).read_bytes())
-    write_json(history(denoiser, vae, start_share), folder / "training.json")
+    write_json(history(denoiser, vae, tiny, start_share), folder / "training.json")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from data import SIZE, Item, load, on_ground
+from data import Item, load, on_ground
 from paths import work_folder
 from sdedit.files import write_atomically
 
 Array = NDArray[np.float32]
+SIDE = 128  # pictures are compared at this width
 CELLS = 8  # gradients are counted in 8x8 cells
 ANGLES = 8  # and in as many directions
 MOVES = 2  # how often each picture is moved for the fit
@@ -22,7 +23,7 @@ SHRINK = 0.2  # how much of a covariance is replaced by its mean variance
 
 
 def blocks(pixels: Array, count: int) -> Array:
-    """Means over count x count blocks of (N, 128, 128, C): (N, count, count, C)."""
+    """Means over count x count blocks of (N, H, H, C): (N, count, count, C)."""
     n, side, _, channels = pixels.shape
     step = side // count
     return pixels.reshape(n, count, step, count, step, channels).mean((2, 4))
@@ -40,7 +41,7 @@ def layout(pixels: Array) -> Array:
     """(N, 128, 128, 3) in [0, 1] → (N, 1280): colours of 16x16 blocks, and directions of edges in 8x8 cells."""
     colours = blocks(pixels, 16).reshape(len(pixels), -1)
     strength, direction = gradients(pixels)
-    side = np.arange(SIZE) * CELLS // SIZE
+    side = np.arange(SIDE) * CELLS // SIDE
     cell = side[:, None] * CELLS + side
     votes = counts(cell * ANGLES + direction, CELLS * CELLS * ANGLES, strength).reshape(len(pixels), -1, ANGLES)
     votes = np.sqrt(votes / (votes.sum(-1, keepdims=True) + 5))
@@ -76,7 +77,7 @@ def shares(bins: NDArray[np.int64], total: int, mask: NDArray[np.bool_]) -> Arra
 def blur(pixels: Array) -> Array:
     """A 3x3 mean."""
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
-    return sum(padded[:, i : i + SIZE, j : j + SIZE] for i in range(3) for j in range(3)) / np.float32(9)
+    return sum(padded[:, i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)) / np.float32(9)
 
 
 class Metric:
@@ -114,7 +115,7 @@ class Judge:
     thing and style both count. The metric is learned from two thirds of the names; the rest show what it is worth.
 
     Args:
-        pictures: (N, 128, 128, 4), uint8, all of them; `items` says what they show.
+        pictures: (N, H, H, 4), uint8, all of them; `items` says what they show.
 
     Attributes:
         real: Of 400 pictures of the other names, moved, at most: the shares that are found again.
@@ -132,7 +133,7 @@ class Judge:
         self.real = share_right(found, [(items[row].name, items[row].style) for row in rows])
 
     def nearest(self, drawn: Iterable[Array]) -> list[Item]:
-        """Pictures (128, 128, 3) in [0, 1] → what the nearest real picture of each shows."""
+        """Pictures (H, H, 3) in [0, 1] → what the nearest real picture of each shows."""
         places = self.metric(features(drawn))
         far = (self.gallery**2).sum(1) - 2 * places @ self.gallery.T  # squared distances, but for a constant
         return [self.items[row] for row in far.argmin(1)]
@@ -155,10 +156,10 @@ def judge() -> Judge:
 
 
 def features(pictures: Iterable[Array]) -> Array:
-    """Pictures (128, 128, 3) in [0, 1] → (N, F); few pictures are held at once."""
+    """Pictures (H, H, 3) in [0, 1], H a multiple of 128 → (N, F); few pictures are held at once."""
     pictures, parts = iter(pictures), []
     while batch := list(islice(pictures, 64)):
-        pixels = np.stack(batch)
+        pixels = blocks(np.stack(batch), SIDE)
         parts.append(np.concatenate([layout(pixels), texture(pixels)], 1))
     return np.concatenate(parts)
 
@@ -167,10 +168,11 @@ def moved(picture: np.ndarray, rng: np.random.Generator) -> Array:
     """An RGBA picture on white, a little moved, scaled, turned and blurred: (128, 128, 3) in [0, 1]."""
     turn, scale = np.radians(rng.uniform(-4, 4)), rng.uniform(0.95, 1.1)
     a, b = np.cos(turn) * scale, np.sin(turn) * scale
-    middle = SIZE / 2
+    middle = SIDE / 2
     x, y = middle + rng.uniform(-4, 4, 2)
     grid = (a, b, middle - a * x - b * y, -b, a, middle + b * x - a * y)
-    image = Image.fromarray((on_ground(picture) * 255).astype(np.uint8))
+    small = blocks(on_ground(picture)[None], SIDE)[0]
+    image = Image.fromarray((small * 255).astype(np.uint8))
     image = image.transform(image.size, Image.Transform.AFFINE, grid, Image.Resampling.BILINEAR, fillcolor="white")
     return np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))), np.float32) / 255
 

@@ -18,6 +18,7 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (35, 32, 38)
 PALETTES = (Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE)
+SIDE = 128  # guides are drawn at this width and enlarged; pens and filters are measured in its pixels
 KINDS = ("picture", "strokes", "doodle", "doodle", "blank")  # of each placement, in the order of `guided`
 
 
@@ -52,13 +53,13 @@ def background(rng: np.random.Generator) -> Colour:
 
 def ground(colour: Colour, rng: np.random.Generator) -> Image.Image:
     """What a guide to a picture on this colour is drawn on: the colour, paper under a lamp, a photograph."""
-    plain = Image.new("RGB", (SIZE, SIZE), colour)
+    plain = Image.new("RGB", (SIDE, SIDE), colour)
     if rng.random() < (0.8 if colour == WHITE else 0.6):
         return plain
     waves = sum(share * noise(cells, rng) for cells, share in ((2, 0.6), (5, 0.3), (17, 0.15)))
     if colour == WHITE:  # dimmer and warmer or colder towards a side, with a little grain
         light = 255 - rng.uniform(5, 50) * (1 + waves[..., :1]) * (1 + 0.2 * rng.normal(size=3))
-        shaded = light + rng.normal(0, rng.uniform(0, 6), (SIZE, SIZE, 1))
+        shaded = light + rng.normal(0, rng.uniform(0, 6), (SIDE, SIDE, 1))
     else:
         grey = waves.mean(-1, keepdims=True)
         shaded = np.array(colour) + rng.uniform(25, 80) * (0.7 * (grey - grey.mean()) + 0.3 * (waves - waves.mean()))
@@ -66,9 +67,9 @@ def ground(colour: Colour, rng: np.random.Generator) -> Image.Image:
 
 
 def noise(cells: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth waves of three channels, (SIZE, SIZE, 3), about -1 to 1."""
+    """Smooth waves of three channels, (SIDE, SIDE, 3), about -1 to 1."""
     coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+    return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
 
 
 def on(sheet: Image.Image, colour: Colour) -> Image.Image:
@@ -86,7 +87,7 @@ def strokes(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def wobble(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Bend the picture as an unsure hand would: the corners of a grid of cells are pushed about."""
     cells = int(rng.integers(3, 7))
-    edges = np.linspace(0, SIZE, cells + 1).round().astype(int)
+    edges = np.linspace(0, SIDE, cells + 1).round().astype(int)
     push = rng.normal(0, rng.uniform(1.0, 4.0), (cells + 1, cells + 1, 2))
     x, y = (np.array(np.meshgrid(edges, edges, indexing="ij")) + push.transpose(2, 0, 1)).tolist()
     mesh = []
@@ -150,9 +151,10 @@ def guided(sheet: Image.Image, colour: Colour, rng: np.random.Generator) -> list
 
     The last is the empty sheet: what words alone start from at strength 1.
     """
-    true = on(sheet, colour)
-    doodles = [doodle(sheet, ground(colour, rng), rng) for _ in range(2)]
-    return [true, strokes(true, rng), *doodles, Image.new("RGB", sheet.size, colour)]
+    small = sheet.resize((SIDE, SIDE), Image.Resampling.BOX)
+    drawn = [strokes(on(small, colour), rng), *(doodle(small, ground(colour, rng), rng) for _ in range(2))]
+    guides = [image.resize(sheet.size, Image.Resampling.BICUBIC) for image in drawn]
+    return [on(sheet, colour), *guides, Image.new("RGB", sheet.size, colour)]
 
 
 def main() -> None:

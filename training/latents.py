@@ -20,9 +20,10 @@ from torch import Tensor
 
 from captions import things, training_rows
 from data import load, on_ground
+from grow import grown_vae
 from guides import KINDS, WHITE, background, guided, place
 from loop import read_state
-from model import averaged, new_vae
+from model import averaged, growing, new_vae
 from paths import read_json, work_folder, write_json
 from sdedit.models.vae import AutoencoderKL
 from train_vae import pools, to_tensor
@@ -46,14 +47,19 @@ def centred(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> AutoencoderKL:
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
-    """Pictures (N, H, W, 3) in [0, 1] → latents (N, 8, H/8, W/8), float32, on the CPU."""
+    """Pictures (N, H, W, 3) in [0, 1] → latents (N, 8, H/16, W/16), float32, on the CPU."""
     batch = to_tensor(list(pictures)).to(vae.device)
     with torch.autocast(vae.device.type, torch.bfloat16):
         return vae.encode(batch).latent_dist.mode().float().cpu()
 
 
 def finished_vae() -> AutoencoderKL:
-    """The autoencoder as it ships: averaged weights, and latents centred, if the encoder was trained here."""
+    """The autoencoder as it ships: averaged weights, and latents centred, if the encoder was trained here.
+
+    One that was grown finds the latents of the start.
+    """
+    if growing():
+        return grown_vae()
     file = work_folder() / "vae.pt"
     vae = averaged(new_vae(), file)
     if not file.exists() or not any(name.startswith("encoder") for name in read_state(file)["average"]):
@@ -68,7 +74,7 @@ def finished_vae() -> AutoencoderKL:
 
 
 def placements(row: int, count: int) -> np.ndarray:
-    """A picture and its guides `count` times, (count * kinds, 128, 128, 3), uint8; alike in all styles."""
+    """A picture and its guides `count` times, (count * kinds, 256, 256, 3), uint8; alike in all styles."""
     pictures, items = load()
     item, images = items[row], []
     for n in range(count):

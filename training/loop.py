@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from norms import quick_norms
 from optimizers import optimizers
 from sdedit.apps.finetune.workers import Workers
 from sdedit.files import write_atomically
@@ -72,6 +73,8 @@ class Training:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
+        if self.device.type == "cpu":
+            quick_norms(model)
         self.workers = plan.workers if self.device.type == "cpu" else 1
         self.optimizers = optimizers(model, plan)
         self.step, self.seconds = 0, 0.0

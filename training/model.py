@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from data import SIZE
@@ -17,16 +19,17 @@ from loop import read_state
 from paths import work_folder
 from sdedit import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from sdedit.apps.finetune.objective import Denoiser
+from sdedit.models.tiny_vae import AutoencoderTiny
 from sdedit.models.unet import UNet2DConditionModel
-from sdedit.models.vae import AutoencoderKL
+from sdedit.models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from words import learned_tokenizer, text_config
 
 VAE = {
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [32, 64, 96, 128],
+    "down_block_types": ["DownEncoderBlock2D"] * 5,
+    "up_block_types": ["UpDecoderBlock2D"] * 5,
+    "block_out_channels": [32, 32, 64, 96, 128],
     "layers_per_block": 1,
     "latent_channels": 8,
     "norm_num_groups": 8,
@@ -35,6 +38,15 @@ VAE = {
     # Latents of deviation 1 become deviation 2. 16x16 values drown in noise sooner than 64x64 do; at twice the size a
     # strength keeps about as much of a doodle as users of Stable Diffusion expect.
     "scaling_factor": 2.0,
+}
+FACTOR = 16  # pixels a latent, along either side
+TINY = {
+    "encoder_block_out_channels": [24] * 5,
+    "decoder_block_out_channels": [24] * 5,
+    "num_encoder_blocks": [0, 1, 2, 3, 4],
+    "num_decoder_blocks": [5, 5, 3, 1, 0],
+    "latent_channels": 8,
+    "scaling_factor": VAE["scaling_factor"],
 }
 UNET = {
     "sample_size": 16,
@@ -89,9 +101,69 @@ def tokenizer() -> CLIPTokenizer:
 
 def new_vae() -> AutoencoderKL:
     """The autoencoder as training begins with it."""
-    start = _start()
-    vae = AutoencoderKL(**VAE) if start is None else copy.deepcopy(start.vae)
+    start = start_vae()
+    vae = AutoencoderKL(**VAE) if start is None else grown(start)
     return vae.float().requires_grad_(True).to(memory_format=torch.channels_last)
+
+
+def start_vae() -> AutoencoderKL | None:
+    """The start's autoencoder, if there is a start."""
+    start = _start()
+    return None if start is None else start.vae
+
+
+def smaller(vae: AutoencoderKL) -> bool:
+    """Is it one of pictures half as wide?"""
+    return len(vae.config.block_out_channels) < len(VAE["block_out_channels"])
+
+
+def growing() -> bool:
+    """Does training begin with such a one?"""
+    start = start_vae()
+    return start is not None and smaller(start)
+
+
+def grown(small: AutoencoderKL) -> AutoencoderKL:
+    """A copy; of one with a level less than ours, with a new finest level at either end, to be trained by `grow.py`."""
+    if not smaller(small):
+        return copy.deepcopy(small)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**VAE)
+    weights = small.state_dict()
+    for name in [name for name in weights if name.startswith("encoder.down_blocks.")]:
+        level = int(name.split(".")[2])
+        weights[name.replace(f".{level}.", f".{level + 1}.", 1) + "*"] = weights.pop(name)
+    weights = {name.removesuffix("*"): weight for name, weight in weights.items() if "encoder.conv_in" not in name}
+    vae.load_state_dict(weights, strict=False)
+    with torch.no_grad():  # what is new in the decoder lets pass what comes, at first
+        wider = vae.decoder.up_blocks[-2].upsamplers[0].conv
+        nn.init.dirac_(wider.weight)
+        for layer in (wider, *(resnet.conv2 for resnet in vae.decoder.up_blocks[-1].resnets)):
+            layer.bias.zero_()
+        for resnet in vae.decoder.up_blocks[-1].resnets:
+            resnet.conv2.weight.zero_()
+    return vae
+
+
+def new_tiny() -> AutoencoderTiny:
+    """The tiny autoencoder as training begins with it: the start's, if it has one."""
+    folder = start_folder()
+    if folder is not None and (folder / "tiny_vae").exists():
+        tiny = AutoencoderTiny.from_pretrained(folder, subfolder="tiny_vae")
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            tiny = AutoencoderTiny(**TINY)
+    return tiny.float().requires_grad_(True).to(memory_format=torch.channels_last)
+
+
+def encoded(vae: AutoencoderKL | AutoencoderTiny, pictures: Tensor) -> DiagonalGaussianDistribution:
+    """The latents' distribution of pictures (B, 3, H, W); an autoencoder with a level less sees them half as wide."""
+    if isinstance(vae, AutoencoderTiny):
+        latents = vae.encode(pictures).latents
+        return DiagonalGaussianDistribution(torch.cat([latents, torch.full_like(latents, -30.0)], 1))
+    return vae.encode(avg_pool2d(pictures, 2) if smaller(vae) else pictures).latent_dist
 
 
 def new_denoiser() -> Denoiser:

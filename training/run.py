@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model import set_start, start_folder
+from model import growing, set_start, start_folder
 from paths import HERE, work_folder
 
 
@@ -34,11 +34,14 @@ def main() -> None:
         set_start(args.start)
     if not (work_folder() / "items.json").exists():
         run("data.py")
-    if args.vae_steps:
+    if growing():
+        run("grow.py", *device)
+    elif args.vae_steps:
         run("train_vae.py", "--steps", str(args.vae_steps), *["--decoder-only"] * args.decoder_only, *device)
     if not (work_folder() / "latents.json").exists():
         run("latents.py", *device)
     run("train_unet.py", "--steps", str(args.unet_steps), *device)
+    run("train_tiny.py", *device)
     run("export.py")
     run("evaluate.py", *device)
 

@@ -1,4 +1,4 @@
-"""Train the autoencoder: pictures of 128x128 to latents of 8x16x16 and back.
+"""Train the autoencoder: pictures of 256x256 to latents of 8x16x16 and back.
 
     python training/train_vae.py --steps 6000
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from captions import things
 from data import SIZE, Item, load, on_ground
 from loop import Plan, Training
-from model import VAE, new_vae
+from model import FACTOR, VAE, encoded, new_vae
 from paths import work_folder
 from report import Report
 from sdedit.apps.finetune.objective import fresh_rng
 from sdedit.apps.finetune.stopping import Stop
+from sdedit.models.tiny_vae import AutoencoderTiny
 from sdedit.models.vae import AutoencoderKL
 
 KL_WEIGHT = 1e-4  # of the mean over latent elements: keeps latents near a unit Gaussian, costs little sharpness
@@ -46,7 +47,7 @@ def random_crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.
 
 
 class Crops:
-    """Crops of 64x64, or once in five a quarter as many whole pictures, and noise for their latents."""
+    """Crops of 128x128, or once in five a quarter as many whole pictures, and noise for their latents."""
 
     def __init__(self, pictures: np.ndarray, items: list[Item], size: int) -> None:
         self.pictures, self.size = pictures, size
@@ -57,7 +58,7 @@ class Crops:
         side, count = (SIZE, max(self.size // 4, 1)) if rng.random() < 0.2 else (SIZE // 2, self.size)
         rows = [rng.choice(self.listed if rng.random() < 0.5 else self.train) for _ in range(count)]
         batch = to_tensor([random_crop(self.pictures[row], side, rng) for row in rows])
-        shape = (count, VAE["latent_channels"], side // 8, side // 8)
+        shape = (count, VAE["latent_channels"], side // FACTOR, side // FACTOR)
         return batch, torch.randn(shape, generator=generator)
 
 
@@ -67,24 +68,34 @@ def gradient_difference(difference: Tensor) -> Tensor:
     return down.abs().mean() + right.abs().mean()
 
 
+def likeness(difference: Tensor) -> Tensor:
+    """What a difference of pictures counts, the less the more they are alike."""
+    squared = difference.square().mean((1, 2, 3))
+    near = difference.abs().mean() + LOG_WEIGHT * (squared + 1e-5).log().mean()
+    return near + EDGE_WEIGHT * gradient_difference(difference)
+
+
 def loss(vae: AutoencoderKL, batch: Tensor, noise: Tensor) -> Tensor:
     """How far a batch comes back changed, and a little of how far its latents are from a unit Gaussian."""
     posterior = vae.encode(batch).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     difference = vae.decode(mean + (logvar.exp() + LATENT_NOISE**2).sqrt() * noise).sample.float() - batch
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    squared = difference.square().mean((1, 2, 3))
-    near = difference.abs().mean() + LOG_WEIGHT * (squared + 1e-5).log().mean()
-    return near + EDGE_WEIGHT * gradient_difference(difference) + KL_WEIGHT * kl
+    return likeness(difference) + KL_WEIGHT * kl
 
 
 @torch.inference_mode()
-def psnr(vae: AutoencoderKL, pictures: np.ndarray, rows: list[int]) -> float:
-    """Mean over pictures of the PSNR in dB of encoding and decoding whole pictures on white, in float32."""
+def psnr(
+    vae: AutoencoderKL | AutoencoderTiny, pictures: np.ndarray, rows: list[int], other: AutoencoderKL | None = None
+) -> float:
+    """Mean over pictures of the PSNR in dB of encoding and decoding whole pictures on white, in float32.
+
+    With another autoencoder the latents are that one's.
+    """
     values: list[float] = []
     for start in range(0, len(rows), 16):
         batch = to_tensor([on_ground(pictures[i]) for i in rows[start : start + 16]]).to(vae.device)
-        decoded = vae.decode(vae.encode(batch).latent_dist.mode()).sample
+        decoded = vae.decode(encoded(vae if other is None else other, batch).mode()).sample
         error = ((decoded.float().clamp(-1, 1) - batch) / 2).square().mean((1, 2, 3))
         values += (-10 * error.clamp(min=1e-10).log10()).tolist()
     return sum(values) / len(values)
@@ -101,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6000, help="of the whole training, earlier runs included")
     parser.add_argument("--fall", type=int, default=2000, help="of them, with a falling learning rate")
-    parser.add_argument("--batch", type=int, default=16, help="crops of 64x64 a step")
+    parser.add_argument("--batch", type=int, default=16, help="crops of 128x128 a step")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
         "--decoder-only", action="store_true", help="keep the latents as they are, so the UNet stays right"

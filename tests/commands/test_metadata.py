@@ -19,7 +19,7 @@ from sdedit import EulerDiscreteScheduler
 from sdedit.commands.foreign import scheduler_from_label
 from sdedit.commands.metadata import from_text, read_settings, sampler_label, to_text
 from sdedit.commands.saving import save_picture
-from sdedit.commands.settings import LoraWeight, PictureSettings
+from sdedit.commands.settings import SUITED, USUAL, LoraWeight, PictureSettings
 from sdedit.inputs.pixels import open_image
 
 LINE = "Steps: 6, Sampler: Euler, CFG scale: 3, Seed: 1"
@@ -159,3 +159,15 @@ def test_settings_are_read_without_a_pixel(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="3,600 megapixels"):
         open_image(tmp_path / "a.png")
     assert read_settings(tmp_path / "a.png").seed == 3
+
+
+def test_the_default_model_takes_a_few_exact_steps_unless_steps_are_given() -> None:
+    few, asked, large, jax = (
+        PictureSettings(prompt="cat", **given) for given in ({}, {"steps": 20}, {"model": "folder"}, {"backend": "jax"})
+    )
+    for asking in (few, asked, large, jax):
+        asking.suit()
+    assert (few.steps, few.exact_steps) == (SUITED.steps, True) and few.steps < 10
+    assert (asked.steps, asked.exact_steps) == (20, False)  # as a picture of before says it was drawn
+    assert (large.steps, large.exact_steps) == (USUAL.steps, False)
+    assert not jax.exact_steps

@@ -87,7 +87,7 @@ def test_names_and_files(tmp_path: Path) -> None:
     assert again.config.beta_schedule == "scaled_linear" and len(state.timesteps) == 1000
     assert sdedit.FlaxLMSDiscreteScheduler is sdedit.FlaxLMSDiscreteScheduler
     assert {"FlaxDDIMScheduler", "FlaxUniPCMultistepScheduler"} <= set(dir(sdedit))
-    with pytest.raises(ValueError, match="no 'dpm'; there are"):
+    with pytest.raises(ValueError, match="scheduler dpm; expected one of"):
         make_scheduler("dpm")
     with pytest.raises(AttributeError):
         _ = sdedit.FlaxNoSuchScheduler
@@ -107,3 +107,21 @@ SCHEDULE_OF = {
     "DDIMScheduler": SCHEDULE,
     "LMSDiscreteScheduler": {k: SCHEDULE[k] for k in ("beta_start", "beta_end", "beta_schedule")},
 }
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
+def test_velocity_is_that_of_pytorch(name: str) -> None:
+    flax, ours = (one.from_config(SCHEDULE) for one in (flax_class(name), getattr(sdedit, name)))
+    x, noise = np.random.default_rng(0).standard_normal((2, 3, 4, 8, 8)).astype(np.float32)
+    for times in ([3, 500, 999], [7]):
+        expected = ours.get_velocity(torch.from_numpy(x), torch.from_numpy(noise), torch.tensor(times))
+        found = jax.jit(flax.get_velocity)(flax.create_state(), x, noise, np.array(times))
+        np.testing.assert_allclose(found, expected.numpy(), atol=2e-6)
+
+
+def test_compatibles_are_flax_classes_that_take_the_config() -> None:
+    scheduler = flax_class("PNDMScheduler")(**SCHEDULE)
+    assert [one.__name__ for one in scheduler.compatibles] == [f"Flax{name}" for name in CLASS_NAMES]
+    assert all(
+        one.from_config(scheduler.config).config.beta_end == scheduler.config.beta_end for one in scheduler.compatibles
+    )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SCHEDULE, SHARED, needs_shared, picture
 from sdedit import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from sdedit.apps.inspect import describe
 from sdedit.loading import ldm, sizes
 from sdedit.loading.headers import TensorInfo
 from sdedit.loading.hub import find_file
@@ -142,6 +143,35 @@ def test_full_size_there_and_back(kind: str) -> None:
                     assert value == 8
                 else:
                     assert value == (list(expected) if isinstance(expected, tuple) else expected), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("sd1", "cond_stage_model.transformer.text_model."),
+        ("sd1", "cond_stage_model.transformer."),
+        ("sd2", "cond_stage_model.model."),
+        ("sd2", "conditioner.embedders.0.model."),
+    ],
+)
+def test_published_layouts_are_recognised_at_full_size(kind: str, text: str, tmp_path: Path) -> None:
+    """Files of 2 GB, all holes: what they are is found, and that they would load, without reading them."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, model, parts_of, _, _ in full_size(kind):
+        prefix = {"unet": UNET, "vae": "first_stage_model.", "text": text}[name]
+        state = model.state_dict()
+        for stored, tensor in ldm.write(parts_of(state), state).items():
+            size = 2 * tensor.numel()
+            header[prefix + stored] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+    raw = json.dumps(header).encode()
+    with (tmp_path / "m.ckpt").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    report = describe(tmp_path / "m.ckpt")
+    assert (report.kind, report.family) == ("checkpoint", f"Stable Diffusion {kind[-1]}.x")
+    assert report.loads and report.reason.endswith("from_single_file"), report.reason
 
 
 def test_numbers_go_there_and_back() -> None:

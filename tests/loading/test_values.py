@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -294,3 +296,38 @@ def test_on_jax_too(key: str, value: Any) -> None:
 
     with pytest.raises(ValueError, match=key):
         FlaxUNet2DConditionModel.from_config({key: value})
+
+
+NUMBERS = st.one_of(
+    st.integers(-2, 20), st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=4), st.just(10**9)
+)
+ANYTHING = st.recursive(
+    NUMBERS, lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner), max_leaves=9
+)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_any_value_is_a_network_or_one_error(networks_only: Path, part: str) -> None:
+    """Whatever stands at a key, a load ends in our error or not at all, and makes no more modules than models have."""
+    path = networks_only / part / "config.json"
+    good = path.read_text()
+    keys = sorted(set(json.loads(good)) & set(_VALUES))
+    others = {name: object() for name in WRONG if name != part} | {"tokenizer": None, "safety_checker": None}
+
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(changes=st.dictionaries(st.sampled_from(keys), ANYTHING, min_size=1, max_size=2))
+    def attack(changes: dict[str, Any]) -> None:
+        path.write_text(json.dumps({**json.loads(good), **changes}))
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Modules(patch)
+            try:
+                load_components(networks_only, read=False, **others)
+            except ValueError as error:
+                assert str(path.parent) in str(error) and str(error).replace("\n", "").isprintable()
+                assert len(str(error)) < 3000 + len(str(path))
+            assert counted.made < 20_000
+
+    try:
+        attack()
+    finally:
+        path.write_text(good)

@@ -256,4 +256,15 @@ def test_the_default_model_draws_the_same_picture() -> None:
     ours = sdedit.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
     for pipe in (theirs, ours):
         pipe.set_progress_bar_config(disable=True)
-    compare(theirs, ours, prompt="red apple, 3d", image=picture(128, 128, 3), guidance_scale=3.0, strength=0.65)
+    compare(theirs, ours, prompt="red apple, 3d", image=picture(256, 256, 3), guidance_scale=3.0, strength=0.65)
+
+
+def test_the_default_models_tiny_autoencoder_is_the_same_there() -> None:
+    folder = Path(sdedit.__file__).parent / "default_model"
+    theirs, ours = (
+        library.AutoencoderTiny.from_pretrained(folder, subfolder="tiny_vae").eval() for library in (diffusers, sdedit)
+    )
+    z, pixels = torch.randn(1, 8, 4, 4), torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.encode(pixels).latents, theirs.encode(pixels).latents, rtol=1e-4, atol=1e-5)

@@ -20,9 +20,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def disc() -> np.ndarray:
-    """A red disc with a blue spot, RGBA, 128x128."""
-    y, x = np.mgrid[:128, :128]
-    picture = np.zeros((128, 128, 4), np.uint8)
-    picture[(x - 64) ** 2 + (y - 64) ** 2 < 55**2] = (220, 40, 50, 255)
-    picture[(x - 50) ** 2 + (y - 50) ** 2 < 12**2] = (50, 120, 210, 255)
+    """A red disc with a blue spot, RGBA, 256x256."""
+    y, x = np.mgrid[:256, :256]
+    picture = np.zeros((256, 256, 4), np.uint8)
+    picture[(x - 128) ** 2 + (y - 128) ** 2 < 110**2] = (220, 40, 50, 255)
+    picture[(x - 100) ** 2 + (y - 100) ** 2 < 24**2] = (50, 120, 210, 255)
     return picture

@@ -22,7 +22,7 @@ def drawn() -> dict[str, list[Draw]]:
     names = [*odd, most[0], *rest[:2], "no such thing", "nor such"]
     items = [Item(name, style, name, "group", [], [], False) for name in dict.fromkeys(names) for style in STYLES]
     items = [dataclasses.replace(item, held_out=item.name == "nor such") for item in items]
-    pictures = np.zeros((len(items), 128, 128, 4), np.uint8)
+    pictures = np.zeros((len(items), 256, 256, 4), np.uint8)
     return {key: draws for key, (draws, _) in evaluate.tests(Draws(pictures, items), list(things()), 40).items()}
 
 

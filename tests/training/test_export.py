@@ -35,12 +35,18 @@ def started(work: Path) -> object:
 
 def test_without_a_step_the_export_is_the_start(tmp_path: Path) -> None:
     export(tmp_path / "model")
-    assert len(WEIGHTS) == 3
+    assert len(WEIGHTS) == 4
     for name in WEIGHTS:
         before, after = load_file(EXPORT / name), load_file(tmp_path / "model" / name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before), name
-    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+    for name in (
+        "unet/config.json",
+        "vae/config.json",
+        "tiny_vae/config.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ):
         assert read_json(tmp_path / "model" / name) == read_json(EXPORT / name)
     before, after = (read_json(folder / "training.json") for folder in (EXPORT, tmp_path / "model"))
     assert after["unet_steps"] == before["unet_steps"]

@@ -13,12 +13,12 @@ def picture(thing: int, style: str) -> np.ndarray:
     """A polygon-like spot, a form and colour for each thing; one style is striped."""
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
     angle, radius = np.arctan2(y, x), np.hypot(x, y)
-    inside = radius < 45 + 12 * np.cos((2 + thing % 4) * angle + thing)
+    inside = radius < 90 + 24 * np.cos((2 + thing % 4) * angle + thing)
     colour = np.random.default_rng(thing).integers(20, 235, 3)
     rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
     rgba[inside] = (*colour, 255)
     if style == "striped":
-        rgba[inside & (x.astype(int) % 8 < 3)] = (*(colour // 2), 255)
+        rgba[inside & (x.astype(int) % 16 < 6)] = (*(colour // 2), 255)
     return rgba
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from captions import UNSEEN_STYLE, caption, things, training_rows, unseen
 from data import SIZE, Item
-from guides import KINDS, WHITE, background, doodle, ground, guided, place
+from guides import KINDS, SIDE, WHITE, background, doodle, ground, guided, place
 
 
 def item(name: str = "automobile", style: str = "3d") -> Item:
@@ -31,8 +31,8 @@ def test_placed_pictures_are_of_all_sizes_and_anywhere(disc: np.ndarray) -> None
     boxes = [place(disc, np.random.default_rng(n)).getchannel("A").getbbox() for n in range(60)]
     widths = [right - left for left, _, right, _ in boxes]
     middles = [(left + right) / 2 for left, _, right, _ in boxes]
-    assert min(widths) < 65 < 100 < max(widths) <= SIZE
-    assert min(middles) < 45 and max(middles) > 83
+    assert min(widths) < 130 < 200 < max(widths) <= SIZE
+    assert min(middles) < 90 and max(middles) > 166
 
 
 def test_grounds_are_about_their_colour() -> None:
@@ -43,7 +43,7 @@ def test_grounds_are_about_their_colour() -> None:
 
 
 def test_doodles_are_filled_or_in_lines_or_faint(disc: np.ndarray) -> None:
-    sheet, white = Image.fromarray(disc), Image.new("RGB", (SIZE, SIZE), WHITE)
+    sheet, white = Image.fromarray(disc).resize((SIDE, SIDE)), Image.new("RGB", (SIDE, SIDE), WHITE)
     rngs = [np.random.default_rng(n) for n in range(40)]
     drawn = [np.asarray(doodle(sheet, white, rng), np.float32) for rng in rngs]
     middle = [image[80:100, 60:80].mean() for image in drawn]  # of the red disc, beside its spot

@@ -9,7 +9,7 @@ import torch
 from data import Item
 from guides import KINDS
 from latents import centred
-from model import VAE
+from model import FACTOR, VAE
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.models.vae import AutoencoderKL
 from train_unet import BEGINNINGS, GUIDE_SHARE, LATENT_SCALE, Loss, Samples
@@ -17,7 +17,7 @@ from train_vae import Crops, loss, psnr, to_tensor
 from words import LENGTH
 
 NAMES = ("automobile", "red apple", "house")
-SMALL = {**VAE, "block_out_channels": [8, 8, 8, 8]}
+SMALL = {**VAE, "block_out_channels": [8] * 5}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_crops_are_in_range_and_repeat(disc: np.ndarray, items: list[Item]) -> N
         pixels, noise = crops(step)
         assert torch.equal(pixels, crops(step)[0])
         assert pixels.min() >= -1 and pixels.max() <= 1
-        assert noise.shape == (len(pixels), 8, pixels.shape[2] // 8, pixels.shape[3] // 8)
+        assert noise.shape == (len(pixels), 8, pixels.shape[2] // FACTOR, pixels.shape[3] // FACTOR)
         sizes.add(tuple(pixels.shape))
-    assert sizes == {(8, 3, 64, 64), (2, 3, 128, 128)}
+    assert sizes == {(8, 3, 128, 128), (2, 3, 256, 256)}
 
 
 def test_centring_changes_the_latents_and_nothing_else(disc: np.ndarray) -> None:
@@ -112,6 +112,7 @@ def test_centring_changes_the_latents_and_nothing_else(disc: np.ndarray) -> None
 def test_psnr_is_that_of_the_formula(disc: np.ndarray) -> None:
     class Grey:
         device = torch.device("cpu")
+        config = AutoencoderKL(**SMALL).config
 
         def encode(self, batch: torch.Tensor) -> object:
             return type("E", (), {"latent_dist": type("D", (), {"mode": lambda _: batch})()})()
@@ -119,7 +120,7 @@ def test_psnr_is_that_of_the_formula(disc: np.ndarray) -> None:
         def decode(self, batch: torch.Tensor) -> object:
             return type("D", (), {"sample": torch.zeros_like(batch)})
 
-    blank = np.zeros((2, 128, 128, 4), np.uint8)  # nothing on white, decoded as mid-grey: half a unit off
+    blank = np.zeros((2, 256, 256, 4), np.uint8)  # nothing on white, decoded as mid-grey: half a unit off
     assert psnr(Grey(), blank, [0, 1]) == pytest.approx(-20 * np.log10(0.5), abs=1e-4)
 
 

@@ -52,6 +52,13 @@ def wide(value: Array) -> Array:
     return value.float() if is_torch(value) else np.asarray(value).astype(np.float32)
 
 
+def no_narrower_than_half(value: Array) -> Array:
+    """An array of 8-bit floats in float16, which holds each of their values; others as they are."""
+    if "float8" not in str(value.dtype):
+        return value
+    return value.half() if is_torch(value) else np.asarray(value).astype(np.float16)
+
+
 def flat(value: Array) -> Array:
     """(n, …) as a matrix (n, m)."""
     return value.reshape(value.shape[0], -1)

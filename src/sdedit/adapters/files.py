@@ -65,6 +65,8 @@ def read_adapter(
         path = _download(str(source), weight_name, subfolder, hub)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
+        if weight_name is None and (parts := _parts(folder)):
+            return _together(str(folder), {name: read_adapter(part, read) for name, part in parts.items()})
         path = folder / _choose([p.name for p in folder.iterdir()] if folder.is_dir() else [], weight_name, str(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -72,11 +74,26 @@ def read_adapter(
     found = recognise(header.nested())
     if found.kind not in ("LoRA", "unknown"):
         raise ValueError(f"{path} is {found}, not a LoRA or one of its kin; `sdedit inspect` says what loads it")
-    state = read(path)
+    state = {name: arrays.no_narrower_than_half(tensor) for name, tensor in read(path).items()}
     metadata = header.metadata if header.kind == "safetensors" else {}
     config = path.parent / "adapter_config.json"
     ours = config.is_file() and path.stem in ("adapter_model", Path(DEFAULT_NAME).stem)
     return AdapterFile(str(path), state, metadata, read_json(config) if ours else None)
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """The folders of a folder that PEFT wrote a component's adapter to each, if there is no adapter beside them."""
+    if any((folder / name).is_file() for name in _USUAL):
+        return {}
+    parts = {name: folder / name for name in ("unet", "text_encoder")}
+    return {name: part for name, part in parts.items() if (part / "adapter_config.json").is_file()}
+
+
+def _together(source: str, files: Mapping[str, AdapterFile]) -> AdapterFile:
+    """Adapters of several components as one; their settings get the component's name before them."""
+    state = {f"{name}.{key}": tensor for name, file in files.items() for key, tensor in file.state.items()}
+    config = {f"{name}.{key}": v for name, file in files.items() for key, v in (file.peft_config or {}).items()}
+    return AdapterFile(source, state, {}, config)
 
 
 def _choose(names: list[str], weight_name: str | None, folder: str) -> str:

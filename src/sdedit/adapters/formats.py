@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +14,7 @@ from typing import Any
 from sdedit.adapters import arrays
 from sdedit.adapters import kinds as lora_kinds
 from sdedit.adapters import names as lora_names
+from sdedit.adapters import peft_config as peft_configs
 from sdedit.adapters.arrays import Array, Shape
 from sdedit.adapters.names import Target
 
@@ -90,10 +89,17 @@ def _span(values: tuple[Any, ...]) -> str:
 
 @dataclass
 class Change:
-    """What a file says about one module: its tensors by role, and alpha (`None` where the file has none)."""
+    """What a file says about one module.
+
+    Attributes:
+        roles: Its tensors, by their part in a formula.
+        alpha: `None` where the file has none.
+        rank: What alpha is divided by, if that is not the rank of the tensors.
+    """
 
     roles: dict[str, Array]
     alpha: float | None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ def parse(
     """
     metadata = metadata or {}
     found = _sort(state, shapes)
-    changes, misfits = _changes(found, shapes, _configs(metadata, peft_config))
+    configs = peft_configs.by_component(metadata, peft_config)
+    changes, misfits = _changes(found, shapes, configs)
     every = [change for modules in changes.values() for change in modules.values()]
     ranks = [(rank, change.alpha) for change in every if (rank := lora_kinds.stored_rank(change.roles))]
     family = _metadata_family(metadata) or lora_names.family(state, found.text_width)
@@ -143,7 +150,8 @@ def parse(
         alpha=tuple(sorted({float(rank) if alpha is None else alpha for rank, alpha in ranks})),
         tokens=tuple(found.tokens),
     )
-    return Parsed(changes, found.tokens, replace(report, problem=_problem(report, misfits, found, text_width, strict)))
+    problem = peft_configs.problem(configs) or _problem(report, misfits, found, text_width, strict)
+    return Parsed(changes, found.tokens, replace(report, problem=problem))
 
 
 @dataclass
@@ -210,9 +218,12 @@ def _changes(
         if wrong:
             misfits.append(f"! {component} {module} is {list(shape)}; in the file {wrong}")
             continue
-        rank = lora_kinds.stored_rank(roles)
-        alpha = given if stored is not None else _alpha(configs.get(component, {}), module, rank)
-        changes.setdefault(component, {})[module] = Change(roles, alpha)
+        alpha, rank = given, None
+        if stored is None:
+            rank = lora_kinds.stored_rank(roles)
+            alpha = peft_configs.alpha(configs.get(component, {}), module, rank)
+            rank = 1 if rank is None and alpha is not None else None
+        changes.setdefault(component, {})[module] = Change(roles, alpha, rank)
     return changes, misfits
 
 
@@ -261,41 +272,6 @@ def _layout(match: re.Match[str]) -> str:
         kohya = "lora_down" in match[0] or "lora_up" in match[0] or "lora_mid" in match[0]
         return "kohya" if kohya else "diffusers"
     return _LAYOUTS[match.lastgroup or "low"]
-
-
-def _configs(metadata: Mapping[str, str], peft_config: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """PEFT's settings for each component, from `adapter_config.json` or the file's metadata."""
-    settings: Any = peft_config
-    if settings is None and "lora_adapter_metadata" in metadata:
-        try:
-            settings = json.loads(metadata["lora_adapter_metadata"])
-        except (ValueError, RecursionError):
-            settings = None
-    if not isinstance(settings, Mapping):
-        return {}
-    configs: dict[str, dict[str, Any]] = {"unet": {}, "text_encoder": {}}
-    for key, value in settings.items():
-        component, _, rest = str(key).partition(".")
-        for name, config in configs.items():
-            if name == component and rest:
-                config[rest] = value
-            elif component not in configs:
-                config[str(key)] = value
-    return configs
-
-
-def _alpha(config: Mapping[str, Any], module: str, rank: int | None) -> float | None:
-    """PEFT's alpha for a module; times √rank where its scale is alpha/√rank (`use_rslora`)."""
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        end = str(pattern).removeprefix("^").replace("text_model.", "", 1)
-        if f".{module.removeprefix('text_model.')}".endswith(f".{end}"):
-            alpha = value
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or rank is None or not math.isfinite(alpha):
-        return None
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 
 def _metadata_family(metadata: Mapping[str, str]) -> str | None:

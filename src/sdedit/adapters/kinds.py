@@ -78,6 +78,8 @@ def _fits(roles: Roles, shape: Shape) -> bool:
             and math.prod(up) == up[0] * down[0]
             and math.prod(down[1:]) == math.prod(shape[1:])
         )
+    if not _multiplies_to(roles, shape):
+        return False
     try:
         made = factors({n: _shape_only(t) for n, t in roles.items() if n != "alpha"}, shape)
     except (RuntimeError, IndexError, ValueError):
@@ -85,20 +87,43 @@ def _fits(roles: Roles, shape: Shape) -> bool:
     return (len(made.up), *made.down.shape[1:]) == tuple(shape)
 
 
+def _multiplies_to(roles: Roles, shape: Shape) -> bool:
+    """Do the two parts of a LoHa or LoKr come to as many rows and columns as the weight has? Nothing is computed."""
+    sides = []
+    for part in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2"):
+        if part in roles:
+            sides.append((roles[part].shape[0], math.prod(roles[part].shape[1:])))
+        elif f"{part}_a" in roles and f"{part}_b" in roles:
+            a, b = roles[f"{part}_a"].shape, roles[f"{part}_b"].shape
+            core = roles.get(part.replace("_w", "_t"))
+            sides.append(
+                (a[0] if core is None else a[-1], math.prod(b[1:]) * (1 if core is None else math.prod(core.shape[2:])))
+            )
+    if len(sides) != 2:
+        return True
+    (rows, columns), (more_rows, more_columns) = sides
+    if "hada_w1_a" in roles:
+        return sides[0] == sides[1] == (shape[0], math.prod(shape[1:]))
+    return (rows * more_rows, columns * more_columns) == (shape[0], math.prod(shape[1:]))
+
+
 def _shape_only(tensor: Array) -> Array:
     """PyTorch can follow shapes without computing; for other arrays the factors are made twice."""
     return arrays.library(tensor).empty_like(tensor, device="meta") if arrays.is_torch(tensor) else tensor
 
 
-def factors(roles: Roles, shape: Shape, alpha: float | None = None, weight: Array | None = None) -> Factors:
+def factors(
+    roles: Roles, shape: Shape, alpha: float | None = None, weight: Array | None = None, rank: int | None = None
+) -> Factors:
     """The two factors of ΔW for a weight of that shape.
 
     Args:
         roles: Arrays of one module, by their part in the kind's formula.
         alpha: Scale times rank; the rank if not given.
         weight: The layer's own, which DoRA along the input axis needs.
+        rank: What alpha is divided by; that of the tensors if not given, and without any the scale is 1.
     """
-    rank = stored_rank(roles)
+    rank = stored_rank(roles) if rank is None else rank
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     left, right = _pair(roles, shape)
     bias = roles["up_bias"] * scale if "up_bias" in roles else roles.get("diff_b")
@@ -123,14 +148,17 @@ def factors(roles: Roles, shape: Shape, alpha: float | None = None, weight: Arra
 
 def _pair(roles: Roles, shape: Shape) -> Pair:
     which = kind(roles)
+    full = min(shape[0], math.prod(shape[1:]))
     if which == "LoRA":
         down, up = flat(roles["down"]), flat(roles["up"])
-        return (up, _with_core(roles["mid"], down)) if "mid" in roles else (up, down)
+        return _tucker(up, roles["mid"], down) if "mid" in roles else (up, down)
     if which == "LoHa":
         (a1, b1), (a2, b2) = (_hada(roles, i) for i in (1, 2))
+        if a1.shape[1] * a2.shape[1] > full:
+            return _narrow((a1 @ b1) * (a2 @ b2))
         pair = flat(a1[:, :, None] * a2[:, None, :]), (b1[:, None, :] * b2[None, :, :]).reshape(-1, b1.shape[1])
     elif which == "LoKr":
-        (a1, b1), (a2, b2) = (_lokr(roles, i) for i in (1, 2))
+        (a1, b1), (a2, b2) = (_no_wider(*_lokr(roles, i)) for i in (1, 2))
         kron = arrays.library(a1).kron
         pair = kron(a1, a2), kron(b1, b2)
     elif "diff" in roles:
@@ -138,7 +166,6 @@ def _pair(roles: Roles, shape: Shape) -> Pair:
     else:  # only the bias changes
         bias = roles["diff_b"]
         return arrays.zeros((shape[0], 1), bias), arrays.zeros((1, math.prod(shape[1:])), bias)
-    full = min(shape[0], math.prod(shape[1:]))
     return _narrow(pair[0] @ pair[1]) if pair[0].shape[1] > full else pair
 
 
@@ -150,16 +177,27 @@ def _narrow(delta: Array) -> Pair:
     return delta, arrays.identity(width, delta)
 
 
-def _with_core(core: Array, right: Array) -> Array:
-    """Tucker's core (p, q, k, k) times (q, in): (p, in·k·k)."""
+def _no_wider(left: Array, right: Array) -> Pair:
+    """A product of matrices with no more inner columns than it needs, so that no file makes more of it than it is."""
+    return _narrow(left @ right) if left.shape[1] > min(left.shape[0], right.shape[1]) else (left, right)
+
+
+def _tucker(left: Array, core: Array, right: Array) -> Pair:
+    """(out, p) times Tucker's core (p, q, k, k) times (q, in): (out, r) and (r, in·k·k).
+
+    The core goes to the side that it makes no larger than the weight is.
+    """
     core = wide(core).reshape(*core.shape[:2], -1)
-    return flat(arrays.library(core).einsum("pqk,qi->pik", core, wide(right)))
+    einsum = arrays.library(core).einsum
+    if core.shape[0] <= left.shape[0]:
+        return left, flat(einsum("pqk,qi->pik", core, wide(right)))
+    return _narrow(flat(einsum("oqk,qi->oik", einsum("op,pqk->oqk", wide(left), core), wide(right))))
 
 
 def _hada(roles: Roles, i: int) -> Pair:
     a, b = wide(roles[f"hada_w{i}_a"]), wide(roles[f"hada_w{i}_b"])
     if f"hada_t{i}" in roles:  # then w*_a is (r, out)
-        return a.T, _with_core(roles[f"hada_t{i}"], b)
+        return _tucker(a.T, roles[f"hada_t{i}"], b)
     return a, flat(b)
 
 
@@ -168,7 +206,7 @@ def _lokr(roles: Roles, i: int) -> Pair:
         return _narrow(flat(wide(roles[f"lokr_w{i}"])))
     a, b = wide(roles[f"lokr_w{i}_a"]), wide(roles[f"lokr_w{i}_b"])
     if f"lokr_t{i}" in roles:  # then w2_a is (r, out)
-        return arrays.contiguous(a.T), _with_core(roles[f"lokr_t{i}"], b)
+        return _tucker(arrays.contiguous(a.T), roles[f"lokr_t{i}"], b)
     return a, flat(b)
 
 

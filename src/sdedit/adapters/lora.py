@@ -143,7 +143,7 @@ class LoraLoader:
         for name, change in parsed.changes[component].items():
             layer = layers[name]
             weight: Any = layer.weight
-            made[name] = lora_kinds.factors(change.roles, weight.shape, change.alpha, weight)
+            made[name] = lora_kinds.factors(change.roles, weight.shape, change.alpha, weight, change.rank)
             broken = not all(torch.isfinite(t).all() for t in change.roles.values())
             if broken or (made[name].bias is not None and layer.bias is None):
                 why = "holds NaN or infinity" if broken else "has a bias for a layer that has none"
@@ -277,6 +277,7 @@ class LoraLoader:
             safe_fusing: Refuse, with a `ValueError`, weights that become NaN or infinite.
             adapter_names: Which; the active ones if not given.
         """
+        lora_scale = checks.number("lora_scale", lora_scale)
         models = self._lora_models()
         chosen = self.get_active_adapters() if adapter_names is None else self._known_adapters(adapter_names)
         if wrong := sorted({components} if isinstance(components, str) else set(components) - set(_COMPONENTS)):

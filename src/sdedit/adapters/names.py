@@ -15,7 +15,10 @@ from sdedit.loading.ldm import unet_parts
 
 Target = tuple[str, str]  # component ("unet" or "text_encoder") and module name
 
-_PREFIX = re.compile(r"^(?:base_model_model_|lora_|lycoris_|unet_|te1?_|text_encoder_|model_diffusion_model_)+")
+_PREFIX = re.compile(
+    r"^(?:base_model_model_|lora_|lycoris_|unet_|te1?_|text_encoder_|(?:model_)?diffusion_model_"
+    r"|(?:text_encoders_)?clip_[lh]_transformer_)+"
+)
 
 # Projections of the text encoder as diffusers of early 2023 called them.
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}

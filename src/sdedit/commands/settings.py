@@ -20,9 +20,11 @@ class Suits(NamedTuple):
     strength: float
     steps: int
     guidance: float
+    exact_steps: bool = False
 
 
-USUAL, SUITED = Suits(0.8, 30, 7.5), Suits(0.65, 20, 3.0)  # large models; the small one of the package
+USUAL, SUITED = Suits(0.8, 30, 7.5), Suits(0.65, 5, 3.0, exact_steps=True)  # large models; the small one of the package
+SUITED_ON_JAX = SUITED._replace(steps=20, exact_steps=False)  # which has no exact steps
 
 
 def _each(i: int) -> str:
@@ -78,7 +80,7 @@ class PictureSettings:
     ] = None
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help=f"Steps of the schedule; strength says how many run. {_each(1)}."),
+        typer.Option(min=1, max=10_000, help=f"Steps of the schedule; strength says how many run. {_each(1)}, exact."),
     ] = None
     guidance: Annotated[float | None, typer.Option(help=f"Weight of the prompt; 1 turns guidance off. {_each(2)}.")] = (
         None
@@ -146,10 +148,11 @@ class PictureSettings:
 
     def suit(self) -> None:
         """Fill in what was left open and depends on the model: what suits it."""
-        suits = SUITED if self.model == "default" else USUAL
+        suits = USUAL if self.model != "default" else SUITED_ON_JAX if self.backend == "jax" else SUITED
         if self.strength is None:
             self.strength = 1.0 if self.strength_map else suits.strength
-        self.steps = suits.steps if self.steps is None else self.steps
+        if self.steps is None:
+            self.steps, self.exact_steps = suits.steps, self.exact_steps or suits.exact_steps
         self.guidance = suits.guidance if self.guidance is None else self.guidance
         self.seed = int.from_bytes(os.urandom(4), "big") if self.seed is None else self.seed
 

@@ -61,7 +61,6 @@ def lora(
             images,
             strength=sample_strength,
             guidance=suits.guidance,
-            steps=suits.steps,
         ),
         restart=restart,
         **vars(settings),

@@ -159,7 +159,7 @@ def _merge(leaves: Mapping[str, Any], path: str, change: lora_formats.Change, sc
     held = leaves[path]
     own = np.asarray(held, dtype=np.float32)
     own = own.transpose(3, 2, 0, 1) if own.ndim == 4 else own.T
-    part = lora_kinds.factors(change.roles, own.shape, change.alpha, own)
+    part = lora_kinds.factors(change.roles, own.shape, change.alpha, own, change.rank)
     moved = own + scale * np.asarray(arrays.wide(part.delta()))
     if part.magnitude is not None:  # DoRA: rows of the length that was learned, arXiv 2402.09353
         lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))

@@ -246,6 +246,17 @@ class FlaxScheduler(Plan):
         signal, level = state.levels[:, place].reshape(shape)
         return signal * original_samples + level * noise
 
+    def get_velocity(self, state: FlaxSchedulerState, sample: Array, noise: Array, timesteps: Any) -> Array:
+        """v = α ε - σ x0 (arXiv 2202.00512) at training steps `timesteps`, (B,) or (1,); (B, C, H, W) all others."""
+        bar = jnp.asarray(self._schedule.alphas_cumprod, dtype=jnp.float32)
+        kept = bar[jnp.asarray(timesteps).reshape(-1)].reshape(-1, *(1 for _ in sample.shape[1:]))
+        return jnp.sqrt(kept) * noise - jnp.sqrt(1 - kept) * sample
+
+    @property
+    def compatibles(self) -> list[type[FlaxScheduler]]:
+        """The classes that this scheduler's config can make."""
+        return [flax_class(name) for name in CLASS_NAMES]
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any

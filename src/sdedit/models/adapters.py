@@ -23,6 +23,7 @@ from sdedit.models.factors import Factors
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_OF_IP_ADAPTER = re.compile(r"^encoder_hid_proj\b|\.ip_adapters\.")
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # locks cannot be copied with a network
 
 
@@ -49,11 +50,13 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers with a weight, by name, as they are without adapters."""
+    """Layers with a weight, by name, as they are without adapters; an IP-Adapter's own are none of the network's."""
     wrapped = layers(model)
     inside = tuple(f"{name}." for name in wrapped)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if _OF_IP_ADAPTER.search(name):
+            continue
         if name in wrapped:
             found[name] = wrapped[name].get_base_layer()
         elif isinstance(getattr(module, "weight", None), nn.Parameter) and not (inside and name.startswith(inside)):

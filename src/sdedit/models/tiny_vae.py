@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdedit.models.fast.full_speed import at_full_speed
 from sdedit.models.layers import activation
 from sdedit.models.model import Model
 from sdedit.models.vae import DecoderOutput
@@ -53,6 +54,7 @@ class _TinyEncoder(nn.Module):
         layers.append(nn.Conv2d(channels[-1], out_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
+    @at_full_speed
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x + 1) / 2)
 
@@ -77,6 +79,7 @@ class _TinyDecoder(nn.Module):
             layers.append(nn.Conv2d(width, out_channels if last else width, 3, padding=1, bias=last))
         self.layers = nn.Sequential(*layers)
 
+    @at_full_speed
     def forward(self, z: Tensor) -> Tensor:
         # Latents beyond ±3 are squashed: the published decoders were trained so.
         return self.layers(torch.tanh(z / 3) * 3) * 2 - 1
