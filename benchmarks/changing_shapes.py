@@ -4,14 +4,15 @@
     python benchmarks/changing_shapes.py --models default
 
 oneDNN wants weights in a layout that depends on the input. For each shape: calls of a process that has seen no other
-(`first`), and of one that has seen all the others (`after`): milliseconds, and how many tensors each call laid out
-anew (oneDNN's own log), which other work on the machine does not change. Prints a table and writes
+(`first`), and of one that has seen all the others (`after`), in turn: milliseconds, and how many tensors each call laid
+out anew (oneDNN's own log), which other work on the machine does not change. Prints a table and writes
 benchmarks/results/changing_shapes.json, with the memory of the packed weights as a part of that of the plain ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -34,7 +35,7 @@ SHAPES = {
     "default": [(1, 1, 16), (2, 1, 16), (2, 2, 16), (4, 2, 16), (4, 4, 16), (8, 8, 16), (2, 1, 24), (2, 1, 32)],
     "sd15": [(1, 1, 32), (2, 1, 32), (4, 2, 32), (8, 4, 32), (2, 1, 40)],
 }
-CALLS = {"default": 15, "sd15": 2}
+CALLS = {"default": 25, "sd15": 3}
 
 
 def network(model: str) -> Any:
@@ -68,29 +69,41 @@ def laid_out(call: Callable[[], Any]) -> int:
 
 
 @torch.no_grad()
-def child(model: str, shapes: list[Any]) -> None:
-    """Prints what the last calls of each shape took, and the memory of packed weights."""
-    unet, found = network(model), {}
+def child(model: str) -> None:
+    """Answers each line, a shape, with the milliseconds of a call of it, or what else is asked."""
+    unet = network(model)
+    given: dict[str, Any] = {}
     with one_run(unet):
-        for texts, pictures, side in shapes:
-            x = torch.randn(pictures, unet.config.in_channels, side, side).bfloat16()
-            text = torch.randn(texts, 77, unet.config.cross_attention_dim).bfloat16()
+        for line in sys.stdin:
+            asked, shape = line.strip().split(" ", 1)
+            if shape not in given:
+                texts, pictures, side = json.loads(shape)
+                x = torch.randn(pictures, unet.config.in_channels, side, side).bfloat16()
+                given[shape] = x, 500, torch.randn(texts, 77, unet.config.cross_attention_dim).bfloat16()
+            call = functools.partial(unet, *given[shape])
+            began = time.perf_counter()
+            found = laid_out(call) if asked == "log" else call() and None
+            taken = 1000 * (time.perf_counter() - began)
+            print(json.dumps([taken, found, packed_share(unet)]), flush=True)
 
-            def call(x: torch.Tensor = x, text: torch.Tensor = text) -> Any:
-                return unet(x, 500, text)
 
-            call()
-            times = []
-            for _ in range(CALLS[model]):
-                began = time.perf_counter()
-                call()
-                times.append(1000 * (time.perf_counter() - began))
-            found[str((texts, pictures, side))] = {
-                "median_ms": statistics.median(times),
-                "least_ms": min(times),
-                "laid_out": laid_out(call),
-            }
-    print(json.dumps({"shapes": found, "packed": packed_share(unet)}))
+class Child:
+    """A process with the network."""
+
+    def __init__(self, model: str) -> None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        self.process = subprocess.Popen([sys.executable, __file__, "--child", model], **pipes)
+
+    def ask(self, what: str, shape: Any) -> list[Any]:
+        """Milliseconds, how many tensors were laid out if `what` is `log`, and the memory of packed weights."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{what} {json.dumps(shape)}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """It is done."""
+        self.process.communicate()
 
 
 def packed_share(unet: Any) -> float | None:
@@ -102,32 +115,48 @@ def packed_share(unet: Any) -> float | None:
     return copies / sum(p.nbytes for p in weights) if weights else None
 
 
-def run(model: str, shapes: list[Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", model, json.dumps(shapes)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def compare(model: str) -> dict[str, Any]:
+    """Each shape's calls in a process of its own and in one that has seen all, in turn."""
+    shapes, rows = SHAPES[model], {}
+    after = Child(model)
+    for shape in shapes:
+        after.ask("call", shape)
+    for shape in shapes:
+        first = Child(model)
+        both = {"first": first, "after": after}
+        for one in both.values():
+            one.ask("call", shape)
+        times = {name: [] for name in both}
+        for _ in range(CALLS[model]):
+            for name, one in both.items():
+                times[name].append(one.ask("call", shape)[0])
+        rows[str(shape)] = {
+            name: {
+                "median_ms": statistics.median(times[name]),
+                "least_ms": min(times[name]),
+                "laid_out": one.ask("log", shape)[1],
+            }
+            for name, one in both.items()
+        }
+        first.end()
+        print(f"{model:8} texts, pictures, side {shape}:", rows[str(shape)], flush=True)
+    packed = after.ask("call", shapes[-1])[2]
+    after.end()
+    return {"shapes": rows, "packed copies, parts of the weights": packed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child[0], json.loads(arguments.child[1]))
+        child(arguments.child)
         return
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["threads"], found["torch"] = torch.get_num_threads(), torch.__version__
     for model in arguments.models:
-        shapes = SHAPES[model]
-        after = run(model, [*shapes, *shapes])
-        rows = {}
-        for shape in shapes:
-            first = run(model, [shape])["shapes"][str(shape)]
-            rows[str(shape)] = {"first": first, "after": after["shapes"][str(shape)]}
-            print(f"{model:8} texts, pictures, side {shape}:", rows[str(shape)], flush=True)
-        found[model] = {"shapes": rows, "packed copies, parts of the weights": after["packed"]}
-        print(f"{model:8} packed copies: {after['packed']:.2f} of the weights")
+        found[model] = compare(model)
         RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 

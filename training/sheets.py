@@ -17,7 +17,7 @@ from paths import EXPORT, REPOSITORY, read_json
 from sdedit import StableDiffusionImg2ImgPipeline
 from sdedit.apps import framing
 from sdedit.apps.sheets import contact_sheet
-from sdedit.commands.options import SUITED
+from sdedit.commands.settings import SUITED
 
 EXAMPLES = REPOSITORY / "examples"
 GROUNDS = {"white": "#ffffff", "dark": "#202030", "blue": "#3060c0", "light blue": "#bfe3f2"}
@@ -52,8 +52,11 @@ def drawn(pipe: Any, guides: list[Image.Image], prompts: list[str], seed: int) -
 
 def on_white(picture: Image.Image) -> Image.Image:
     """What was drawn, with its ground as white as the judge's pictures."""
-    sheet = framing.find_sheet(picture)
-    return picture if sheet is None else framing.whitened(picture, sheet)
+    pixels = np.asarray(picture, np.float64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    seen = 1 - np.clip((np.abs(pixels - ground).max(-1, keepdims=True) - 12) / 36, 0, 1)
+    return Image.fromarray(np.clip(pixels + seen * (255 - ground), 0, 255).round().astype(np.uint8))
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     doodles = [Image.open(EXAMPLES / f"{name}.png").convert("RGB") for name in prompts]
     for name, colour in GROUNDS.items():
         for whiten in (False, True) if name != "white" else (False,):
-            frame = framing.framed if whiten else as_it_is
+            frame = framing.framed if whiten or name == "white" else as_it_is
             guides = [frame(grounded(doodle, colour)) for doodle in doodles]
             results = drawn(pipe, guides, list(prompts.values()), 0)
             seen = [np.asarray(on_white(one), np.float32) / 255 for one in results]

@@ -120,7 +120,7 @@ def test_velocity_is_that_of_pytorch(name: str) -> None:
 
 
 def test_compatibles_are_flax_classes_that_take_the_config() -> None:
-    scheduler = flax_class("PNDMScheduler")(**SCHEDULE)
+    scheduler = flax_class("PNDMScheduler").from_config(SCHEDULE)
     assert [one.__name__ for one in scheduler.compatibles] == [f"Flax{name}" for name in CLASS_NAMES]
     assert all(
         one.from_config(scheduler.config).config.beta_end == scheduler.config.beta_end for one in scheduler.compatibles

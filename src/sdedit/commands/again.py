@@ -43,8 +43,9 @@ def again(
     settings = replace(theirs.found(settings, changes), **changes)
     place.size = size or (f"{settings.size[0]}x{settings.size[1]}" if settings.size else "auto")
     check(settings, place, output)
-    if settings.image is None:
-        raise ValueError(f"{picture} does not say which image it was made from: give it with --image")
+    if settings.image in (None, "-"):
+        known = "was made from what came through the standard input" if settings.image else "does not say from what"
+        raise ValueError(f"{picture} {known}: give the image with --image")
     if settings.unused:
         say(f"not used: {', '.join(settings.unused)}")
     theirs.ask(trust)
