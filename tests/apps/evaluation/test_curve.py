@@ -182,7 +182,7 @@ def test_with_an_exact_denoiser_pictures_become_more_real_and_less_faithful(pred
     real = [textured(i) for i in range(8)]
     for _ in range(2):  # so that they are what the VAE can draw
         real = pipe([""] * 8, real, strength=0).images
-    guides = [simulate_strokes(one, 6, 11) for one in real]
+    guides = [simulate_strokes(one, 6, 23) for one in real]
     inputs = Inputs([str(i) for i in range(8)], [""] * 8, real, guides)
     pipe.unet = ExactDenoiser(pipe, real)
     settings = {"num_inference_steps": 6, "guidance_scale": 1.0}
@@ -199,7 +199,7 @@ def test_with_an_exact_denoiser_pictures_become_more_real_and_less_faithful(pred
 def textured(seed: int) -> Image.Image:
     """A disc on a ground, both with stripes of a few pixels, which strokes lose."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:128, :128]
+    y, x = np.mgrid[:256, :256] / 2
     inside = (x - rng.integers(44, 84)) ** 2 + (y - rng.integers(44, 84)) ** 2 < rng.integers(25, 45) ** 2
     stripes = 0.5 + 0.5 * np.sign(np.sin((x * rng.normal() + y * rng.normal()) * 0.7))
     ground, disc = rng.random((2, 3))
