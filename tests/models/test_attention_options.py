@@ -18,9 +18,9 @@ from torch import Tensor
 import lora_by_hand
 from conftest import UNET, VAE, picture
 from sdedit import AutoencoderKL, UNet2DConditionModel
-from sdedit.models import attention_options
 from sdedit.models.attention import Attention, attention
 from sdedit.models.fast.freeu import lowest
+from sdedit.models.options import attention as attention_options
 
 ARGUMENTS: Any = {"num_inference_steps": 4, "strength": 0.8, "output_type": "np"}
 

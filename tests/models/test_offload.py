@@ -15,8 +15,8 @@ from torch import nn
 import lora_by_hand
 from conftest import picture
 from sdedit import StableDiffusionImg2ImgPipeline
-from sdedit.models import vae_options
 from sdedit.models.fast import tiling
+from sdedit.models.options import vae as vae_options
 
 HERE = torch.device("cpu", 0)  # as a device other than "cpu", on machines that have no other
 

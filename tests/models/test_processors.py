@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import UNET, VAE
 from sdedit import AutoencoderKL, UNet2DConditionModel
 from sdedit.models.fast.full_speed import one_run
-from sdedit.models.processors import AttnProcessor
+from sdedit.models.options.processors import AttnProcessor
 
 
 @pytest.fixture

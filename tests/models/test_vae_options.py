@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from conftest import VAE, picture
 from sdedit import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline
-from sdedit.models import vae_options
-from sdedit.models.attention_options import by_queries
 from sdedit.models.fast import tiling
 from sdedit.models.layers import ResnetBlock2D, Upsample2D
+from sdedit.models.options import vae as vae_options
+from sdedit.models.options.attention import by_queries
 
 PLENTY = 1 << 40
 

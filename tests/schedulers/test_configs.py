@@ -268,7 +268,7 @@ def test_torchsde_is_asked_for_when_it_is_missing(monkeypatch: pytest.MonkeyPatc
     scheduler = schedulers.DPMSolverSDEScheduler()
     scheduler.set_timesteps(2)
     x = torch.zeros((1, 4, 4, 4))
-    with pytest.raises(ImportError, match="pip install torchsde"):
+    with pytest.raises(ImportError, match=r"pip install 'sdedit\[sde\]'"):
         scheduler.step(x, scheduler.timesteps[0], x)
 
 

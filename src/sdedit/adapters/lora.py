@@ -20,9 +20,9 @@ from sdedit.inputs import checks
 from sdedit.loading.folders import unwrapped
 from sdedit.loading.weights import read_weights
 from sdedit.models import adapters
-from sdedit.models.attention_options import has_fused_projections
 from sdedit.models.factors import Factors
 from sdedit.models.offload import refuse
+from sdedit.models.options.attention import has_fused_projections
 
 _COMPONENTS = ("unet", "text_encoder")
 

@@ -45,7 +45,7 @@ EXTRAS = {
 # What is raised on purpose; anything else is our own fault.
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)
 # How long threads of OpenMP wait by spinning, by library: libgomp (in rounds), LLVM's and Intel's (in ms).
-# Without a bound they spin for each other when other programs use the cores; benchmarks/busy.py found this one.
+# Without a bound they spin for each other when other programs use the cores: see docs/performance.md.
 SPIN = {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}
 
 

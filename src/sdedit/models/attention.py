@@ -27,7 +27,7 @@ def attention(
         query: (B, N, heads·d).
         key, value: (B, M, heads·d).
         upcast: Compute in float32 whatever the dtype (SD 2.x at 768 overflows float16 otherwise).
-        core: What computes it instead of PyTorch's own, see `attention_options`.
+        core: What computes it instead of PyTorch's own, see `options.attention`.
 
     Returns:
         (B, N, heads·d) in the dtype of `value`.

@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 
 from sdedit.config import Configurable, later
-from sdedit.models.attention_options import AttentionOptions
 from sdedit.models.kinds import check_values
-from sdedit.models.model_options import ModelOptions
-from sdedit.models.processors import TakesProcessors
+from sdedit.models.options.attention import AttentionOptions
+from sdedit.models.options.model import ModelOptions
+from sdedit.models.options.processors import TakesProcessors
 
 
 class Model(TakesProcessors, ModelOptions, AttentionOptions, Configurable):

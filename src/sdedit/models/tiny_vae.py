@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sdedit.models.fast.full_speed import at_full_speed
 from sdedit.models.layers import activation
 from sdedit.models.model import Model
+from sdedit.models.options.vae import VaeOptions
 from sdedit.models.vae import DecoderOutput
-from sdedit.models.vae_options import VaeOptions
 from sdedit.output import Output
 
 

@@ -25,7 +25,7 @@ from sdedit.models.layers import (
     timestep_embedding,
 )
 from sdedit.models.model import Model
-from sdedit.models.unet_options import UNetOptions
+from sdedit.models.options.unet import UNetOptions
 from sdedit.output import Output
 
 # What a ControlNet adds to the skips and to the middle.

@@ -13,7 +13,7 @@ from sdedit.models.attention import SpatialAttention
 from sdedit.models.fast.full_speed import at_full_speed
 from sdedit.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from sdedit.models.model import Model
-from sdedit.models.vae_options import VaeOptions
+from sdedit.models.options.vae import VaeOptions
 from sdedit.noise import randn
 from sdedit.output import Output
 

@@ -21,7 +21,7 @@ class BrownianPath:
         try:
             import torchsde  # type: ignore[import-untyped]
         except ImportError:
-            raise ImportError("DPMSolverSDEScheduler needs torchsde for its noise: pip install torchsde") from None
+            raise ImportError("DPMSolverSDEScheduler needs torchsde for its noise: pip install 'sdedit[sde]'") from None
         self._one = isinstance(seed, int)
         seeds = [seed] if isinstance(seed, int) else list(seed)
         if not self._one and len(seeds) != shape[0]:

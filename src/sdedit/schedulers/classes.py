@@ -26,7 +26,7 @@ from sdedit.schedulers.dropin import (
 )
 from sdedit.schedulers.rows import Row
 from sdedit.schedulers.schedule import Grid
-from sdedit.schedulers.solvers import log_snr, sigma_space, training_steps
+from sdedit.schedulers.solvers import log_snr, sigma_space, training_steps, unipc
 
 
 class TrainingStepScheduler(TrainingStepDropIn):
@@ -259,5 +259,5 @@ class DEISMultistepScheduler(LogSNRDropIn, log_snr.DEISMultistep):
     """DEIS (arXiv 2204.13902)."""
 
 
-class UniPCMultistepScheduler(LogSNRDropIn, log_snr.UniPCMultistep):
+class UniPCMultistepScheduler(LogSNRDropIn, unipc.UniPCMultistep):
     """UniPC (arXiv 2302.04867)."""

@@ -28,7 +28,7 @@ CLASS_NAMES = {
     "DPMSolverMultistepScheduler": "log_snr",
     "DPMSolverSinglestepScheduler": "log_snr",
     "DEISMultistepScheduler": "log_snr",
-    "UniPCMultistepScheduler": "log_snr",
+    "UniPCMultistepScheduler": "unipc",
 }
 
 

@@ -30,7 +30,7 @@ from sdedit.apps.finetune.workers import Workers
 from sdedit.apps.folders import Example, read_folder
 from sdedit.inputs import checks, prompts
 from sdedit.models import adapters
-from sdedit.models.attention_options import has_fused_projections
+from sdedit.models.options.attention import has_fused_projections
 
 GUIDES = 8  # different ones to each picture
 GUIDED_FROM = 0.25  # the share of noise levels, the lowest, at which samples start from the picture alone

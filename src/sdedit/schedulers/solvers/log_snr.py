@@ -1,4 +1,4 @@
-"""Exponential integrators in λ = log(α/σ): DPM-Solver, DPM-Solver++, their SDE forms, DEIS and UniPC.
+"""Exponential integrators in λ = log(α/σ): DPM-Solver, DPM-Solver++, their SDE forms, and DEIS; `unipc` has UniPC.
 
 In λ the probability-flow equation has an exact linear part (Lu et al. 2022, arXiv 2206.00927 and 2211.01095), so a
 step of h = λ' - λ is a factor times x plus an integral of the prediction m, which is expanded in δ/h: D0 + D1 δ/h + ….
@@ -32,15 +32,15 @@ from sdedit.schedulers.solvers import levels, preserving, usable
 from sdedit.schedulers.solvers.sigma_space import lagrange_integrals
 
 
-def _row(problem: Problem, i: int, *, of_x0: bool) -> Row:
+def row_of(problem: Problem, i: int, *, of_x0: bool) -> Row:
     """Row with m = x0 if `of_x0`, else m = ε; no update yet."""
-    alpha, sigma = _levels(problem, problem.s[i])
+    alpha, sigma = alpha_sigma(problem, problem.s[i])
     return preserving(
         problem, i, alpha, sigma, **({"m_x0": 1.0} if of_x0 else {"m_x": 1 / sigma, "m_x0": -alpha / sigma})
     )
 
 
-def _levels(problem: Problem, s: float) -> tuple[float, float]:
+def alpha_sigma(problem: Problem, s: float) -> tuple[float, float]:
     """(α, σ) at the level s = σ/α."""
     return levels(s, flow=problem.config["use_flow_sigmas"])
 
@@ -68,7 +68,7 @@ def _dpm(problem: Problem, i: int, s: float, expansion: Array, *, anchored: bool
         expansion: (order, predictions), D0, D1 … as combinations of predictions.
     """
     algorithm, after = problem.config["algorithm_type"], problem.s[i + 1]
-    (alpha, sigma), (alpha_after, sigma_after) = _levels(problem, s), _levels(problem, after)
+    (alpha, sigma), (alpha_after, sigma_after) = alpha_sigma(problem, s), alpha_sigma(problem, after)
     shrink = after / s  # e^-h; 0 for the step to s = 0, where h is infinite
     stochastic, of_x0 = algorithm.startswith("sde"), algorithm.endswith("++")
     if of_x0:
@@ -90,7 +90,7 @@ def _dpm(problem: Problem, i: int, s: float, expansion: Array, *, anchored: bool
     if stochastic:
         c = sigma_after * math.sqrt(max(1 - shrink**2, 0.0)) / (1 if of_x0 else shrink)
         update |= {"c": c, "draw": 1.0}
-    return _row(problem, i, of_x0=of_x0)._replace(b=tuple(weights), **{"p" if anchored else "a": a}, **update)
+    return row_of(problem, i, of_x0=of_x0)._replace(b=tuple(weights), **{"p" if anchored else "a": a}, **update)
 
 
 def dpm_multistep(problem: Problem, i: int) -> Row:
@@ -155,64 +155,8 @@ def deis(problem: Problem, i: int) -> Row:
     """
     nodes = problem.s[i - _order(problem, i) + 1 : i + 1][::-1]
     weights = lagrange_integrals(nodes, problem.s[i], problem.s[i + 1], log=True)
-    alpha, after = _levels(problem, problem.s[i])[0], _levels(problem, problem.s[i + 1])[0]
-    return _row(problem, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
-
-
-def unipc(problem: Problem, i: int) -> Row:
-    """UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8), orders 1 to 3; m is x0, or ε.
-
-    Predictor and corrector of a step share the factor of x, so the corrected sample is the sample plus the difference
-    of their weights, on predictions alone. No earlier sample is needed, and a sample that was changed between steps
-    (by a mask, a callback) keeps its change.
-    """
-    c, of_x0 = problem.config, problem.config["predict_x0"]
-    (alpha, sigma), (alpha_after, sigma_after) = _levels(problem, problem.s[i]), _levels(problem, problem.s[i + 1])
-    a = sigma_after / sigma if of_x0 else alpha_after / alpha
-    predicted = _unipc_weights(problem, i, _unipc_order(problem, i), correct=False)
-    b = predicted
-    if i > problem.first and i - 1 not in c["disable_corrector"] and problem.s[i] != problem.s[i - 1]:
-        order = _unipc_order(problem, i - 1)
-        change = _unipc_weights(problem, i - 1, order, correct=True)
-        change[1:] -= _unipc_weights(problem, i - 1, order, correct=False)
-        b = np.zeros(max(len(change), len(predicted)))
-        b[: len(change)] += a * change
-        b[: len(predicted)] += predicted
-    return _row(problem, i, of_x0=of_x0)._replace(a=a, b=tuple(b))
-
-
-def _unipc_order(problem: Problem, i: int) -> int:
-    """As `_order`, but falling to 1 at the end of runs of any length; a step of no length has order 1 too."""
-    left = len(problem.times) - i if problem.config["lower_order_final"] else 3
-    return 1 if problem.s[i + 1] in (0, problem.s[i]) else min(usable(problem, i, problem.config["solver_order"]), left)
-
-
-def _unipc_weights(problem: Problem, i: int, order: int, *, correct: bool) -> Array:
-    """Weights of the predictions, newest first, in the step from level i to level i + 1.
-
-    With D_j = (m_j - m_0)/r_j, where r_j is the place of m_j in the step (0 its start, 1 its end), the weights of D_j
-    solve Σ_j w_j r_j^(n-1) = n! z φ_(n+1)(z), n = 1, 2, …; a single w is B(h)/2 instead. z is -h for x0, h for ε.
-
-    Args:
-        correct: Use the prediction at the end of the step too; its weight comes first.
-    """
-    s, after, of_x0 = problem.s[i], problem.s[i + 1], problem.config["predict_x0"]
-    alpha, sigma = _levels(problem, after)
-    whole = alpha * (1 - after / s if of_x0 else after - s)
-    if order == 1 and not correct:
-        return np.array([whole])
-    h = math.log(s / after)
-    z, k = (-h, -alpha) if of_x0 else (h, -sigma)
-    places = np.array([1.0] * correct + [math.log(s / problem.s[i - j]) / h for j in range(1, order)])
-    right, rest = [], math.expm1(z)
-    for n in range(1, len(places) + 1):
-        rest = rest / z - 1 / math.factorial(n)
-        right.append(math.factorial(n) * rest)
-    found = np.linalg.solve(np.vander(places, increasing=True).T, np.array(right))
-    if len(places) == 1:
-        found = np.array([(z if problem.config["solver_type"] == "bh1" else math.expm1(z)) / 2])
-    found = k * found / places
-    return np.insert(found, int(correct), whole - found.sum())
+    alpha, after = alpha_sigma(problem, problem.s[i])[0], alpha_sigma(problem, problem.s[i + 1])[0]
+    return row_of(problem, i, of_x0=False)._replace(a=after / alpha, b=tuple(after * w for w in weights))
 
 
 # The plans: options, grid, and which of the above
@@ -221,7 +165,6 @@ def _unipc_weights(problem: Problem, i: int, order: int, *, correct: bool) -> Ar
 # Options whose names these classes share and whose values they do not: what a class takes for each value, so that the
 # config of one makes another.
 _DPM_FORMS = {"midpoint": "midpoint", "heun": "heun", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
-_UNIPC_FORMS = {"bh1": "bh1", "bh2": "bh2", "midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}
 _DEIS_FORMS = dict.fromkeys(_DPM_FORMS, "logrho")
 _DEIS_ALGORITHMS = dict.fromkeys(("deis", "dpmsolver", "dpmsolver++"), "deis")
 
@@ -394,43 +337,3 @@ class DEISMultistep(LogSNR):
 
     def _last(self, sigmas: Array) -> float:
         return float(sigmas[-1] if self._spacing else self._schedule.sigmas[0])
-
-
-class UniPCMultistep(LogSNR):
-    """UniPC: predictor and corrector of the same order, 1 to 3 (arXiv 2302.04867)."""
-
-    options = take(
-        NOISE,
-        "solver_order prediction_type",
-        THRESHOLD,
-        "predict_x0 solver_type lower_order_final disable_corrector",
-        "solver_p",
-        LEVELS,
-        FLOW,
-        "timestep_spacing steps_offset final_sigmas_type rescale_betas_zero_snr",
-        SHIFT,
-        "sigma_min sigma_max shift_terminal",
-        solver_type="bh2",
-        prediction_type=OR_FLOW,
-    )
-    solver = staticmethod(unipc)
-    spacings_together = (("karras", "flow"),)
-
-    def _start(self) -> None:
-        super()._start()
-        self._take("solver_type", _UNIPC_FORMS)
-        self.threshold = self.threshold if self.config.predict_x0 else None
-
-    def _last(self, sigmas: Array) -> float:
-        own = self._spacing and self.config.final_sigmas_type == "sigma_min"
-        return float(sigmas[-1]) if own else super()._last(sigmas)
-
-    def _visit_flow(self, steps: int) -> Grid:
-        if not self.config.use_karras_sigmas:
-            return super()._visit_flow(steps)
-        _, s = self._respaced(self._schedule.sigmas[-1], self._schedule.sigmas[0], steps)
-        last = float(s[-1]) if self.config.final_sigmas_type == "sigma_min" else 0.0
-        return Grid(s / (1 + s) * len(self), np.append(s, last))
-
-    def _even_flow(self, steps: int) -> Array:
-        return np.linspace(1, 1 / len(self), steps + 1)[:-1]

@@ -149,7 +149,7 @@ class TakesProcessors(nn.Module):
         return {f"{name}.processor": getattr(layer, "processor", default) for name, layer in found.items()}
 
     def set_attn_processor(self, processor: Processor | Mapping[str, Processor]) -> None:
-        """Let attention be computed by a processor of one's own, see `sdedit.models.processors`.
+        """Let attention be computed by a processor of one's own, see `sdedit.models.options.processors`.
 
         Args:
             processor: One for all layers, or one for each, by the names of `attn_processors`.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sdedit.models.attention import BasicTransformerBlock
-from sdedit.models.attention_options import FusedProjections
 from sdedit.models.fast.freeu import FreeU
+from sdedit.models.options.attention import FusedProjections
 
 if TYPE_CHECKING:
     from sdedit.models.fast.deep_reuse import DeepReuse

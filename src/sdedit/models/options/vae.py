@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.models.attention import SpatialAttention
-from sdedit.models.attention_options import by_queries
 from sdedit.models.fast import tiling
+from sdedit.models.options.attention import by_queries
 
 # Pictures up to this size, in pixels, are not worth it.
 _SMALL = 512 * 512

@@ -1,0 +1,1 @@
+"""What a network offers besides computing: other ways of attention, tiling, processors, names of other libraries."""
