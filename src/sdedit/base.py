@@ -11,9 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sdedit.adapters.ip_adapter import IPAdapterLoader
-from sdedit.adapters.lora import LoraLoader
-from sdedit.adapters.textual_inversion import TextualInversionLoader
+from sdedit.adapters.loaders import Adapters
 from sdedit.compat.idioms import Idioms, loading_arguments, placement
 from sdedit.config import later
 from sdedit.denoising import Calls
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     from sdedit.apps.sweep import Sweep
 
 
-class Pipeline(LoraLoader, TextualInversionLoader, IPAdapterLoader, Options, Idioms):
+class Pipeline(Adapters, Options, Idioms):
     """The components of Stable Diffusion 1.x or 2.x, as one thing that can be loaded, moved and saved."""
 
     vae: Any
