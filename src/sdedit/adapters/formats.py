@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sdedit.adapters import arrays
-from sdedit.adapters import kinds as lora_kinds
-from sdedit.adapters import names as lora_names
-from sdedit.adapters import peft_config as peft_configs
+from sdedit.adapters import arrays, peft_settings
 from sdedit.adapters.arrays import Array, Shape
-from sdedit.adapters.names import Target
+from sdedit.adapters.kinds import check, kind, stored_rank
+from sdedit.adapters.names import Target, family, family_of_width, index, is_text, numbered, underscored
+from sdedit.files import shown
 
 # The last part of a name: which tensor of its module it is.
 _ROLE = re.compile(
@@ -27,6 +26,7 @@ _ROLE = re.compile(
       | (?P<alpha>\.alpha) )$""",
     re.VERBOSE,
 )
+_LONG = 200  # letters of a name in a message
 _SHORT = {"w_norm": "diff", "b_norm": "diff_b", "dora_scale": "dora"}
 _BUNDLE = re.compile(r"bundle_emb\.(?P<token>.+?)\.string_to_param\.[^.]+")
 _LAYOUTS = {"peft": "PEFT", "number": "cloneofsimo", "lycoris": "LyCORIS", "alpha": "kohya"}
@@ -76,9 +76,9 @@ class LoadReport:
             kinds = ", ".join(f"{count} {name}" for name, count in self.kinds.items())
             lines.append(f"  {kinds}; rank {_span(self.rank)}, alpha {_span(self.alpha)}")
         if self.tokens:
-            lines.append(f"  tokens {', '.join(self.tokens)}")
+            lines.append(f"  tokens {', '.join(map(shown, self.tokens))}")
         for title, names in (("left out", self.left_out), ("not understood", self.unmatched)):
-            lines += [f"  {title}: {name}" for name in names[:10]]
+            lines += [f"  {title}: {shown(name, _LONG)}" for name in names[:10]]
             lines += [f"  and {len(names) - 10} more {title}"] if len(names) > 10 else []
         return "\n".join(lines + ([f"  cannot be loaded: {self.problem}"] if self.problem else []))
 
@@ -133,15 +133,14 @@ def parse(
     """
     metadata = metadata or {}
     found = _sort(state, shapes)
-    configs = peft_configs.by_component(metadata, peft_config)
+    configs = peft_settings.by_component(metadata, peft_config)
     changes, misfits = _changes(found, shapes, configs)
     every = [change for modules in changes.values() for change in modules.values()]
-    ranks = [(rank, change.alpha) for change in every if (rank := lora_kinds.stored_rank(change.roles))]
-    family = _metadata_family(metadata) or lora_names.family(state, found.text_width)
+    ranks = [(rank, change.alpha) for change in every if (rank := stored_rank(change.roles))]
     report = LoadReport(
         source=source,
         layout=found.layout,
-        family=family,
+        family=_metadata_family(metadata) or family(state, found.text_width),
         matched={component: len(modules) for component, modules in changes.items()},
         unmatched=tuple(found.unmatched),
         left_out=tuple(found.left_out),
@@ -150,7 +149,7 @@ def parse(
         alpha=tuple(sorted({float(rank) if alpha is None else alpha for rank, alpha in ranks})),
         tokens=tuple(found.tokens),
     )
-    problem = peft_configs.problem(configs) or _problem(report, misfits, found, text_width, strict)
+    problem = peft_settings.problem(configs) or _problem(report, misfits, found, text_width, strict)
     return Parsed(changes, found.tokens, replace(report, problem=problem))
 
 
@@ -173,9 +172,8 @@ class _Sorted:
 
 def _sort(state: Mapping[str, Array], shapes: Mapping[str, Mapping[str, Shape]]) -> _Sorted:
     found = _Sorted()
-    index = lora_names.index(shapes)
     count = sum(name.startswith("unet:") and name.endswith(":down") for name in state)
-    index |= lora_names.numbered(shapes, count)
+    targets = index(shapes) | numbered(shapes, count)
     for name, tensor in state.items():
         if (token := _token(name, tensor)) is not None:
             found.tokens[token] = tensor
@@ -185,14 +183,14 @@ def _sort(state: Mapping[str, Array], shapes: Mapping[str, Mapping[str, Shape]])
             found.unmatched.append(name)
             continue
         head, role = name[: match.start()], _role(match)
-        flat = lora_names.underscored(head)
+        flat = underscored(head)
         found.layouts[_layout(match)] += 1
         if flat.endswith("attn2_to_k") and role in ("down", "hada_w1_b") and tensor.ndim > 1:
             found.text_width = tensor.shape[1]
-        target = index.get(head) or index.get(flat)
+        target = targets.get(head) or targets.get(flat)
         if target is not None and role not in found.held.setdefault(target, {}):
             found.held[target][role] = tensor
-        elif "text_encoder" not in shapes and lora_names.is_text(flat):
+        elif "text_encoder" not in shapes and is_text(flat):
             found.left_out.append(f"{name}: this pipeline has no text encoder")
         else:
             found.unmatched.append(name)
@@ -200,6 +198,9 @@ def _sort(state: Mapping[str, Array], shapes: Mapping[str, Mapping[str, Shape]])
         if len(shapes[target[0]][target[1]]) == 1:
             del found.held[target]
             found.left_out.append(f"{target[1]}: a norm; only linear layers and convolutions can be changed")
+        elif target[0] == "text_encoder" and target[1].endswith("_embedding"):
+            del found.held[target]
+            found.left_out.append(f"{target[1]}: a table; only linear layers and convolutions can be changed")
     return found
 
 
@@ -211,7 +212,7 @@ def _changes(
     misfits = []
     for (component, module), roles in found.held.items():
         shape, stored = shapes[component][module], roles.pop("alpha", None)
-        wrong = "a part is missing" if lora_kinds.kind(roles) is None else lora_kinds.check(roles, shape)
+        wrong = "a part is missing" if kind(roles) is None else check(roles, shape)
         given = None if stored is None else arrays.number(stored)
         if stored is not None and given is None:
             wrong = f"alpha is {list(stored.shape)} of {stored.dtype}, not a finite number"
@@ -220,8 +221,8 @@ def _changes(
             continue
         alpha, rank = given, None
         if stored is None:
-            rank = lora_kinds.stored_rank(roles)
-            alpha = peft_configs.alpha(configs.get(component, {}), module, rank)
+            rank = stored_rank(roles)
+            alpha = peft_settings.alpha(configs.get(component, {}), module, rank)
             rank = 1 if rank is None and alpha is not None else None
         changes.setdefault(component, {})[module] = Change(roles, alpha, rank)
     return changes, misfits
@@ -229,21 +230,21 @@ def _changes(
 
 def _problem(report: LoadReport, misfits: list[str], found: _Sorted, text_width: int, strict: bool) -> str | None:
     """Why it cannot be loaded, if it cannot."""
-    lines = misfits + ([f"+ {name} is not understood" for name in report.unmatched] if strict else [])
-    ours = lora_names.family_of_width(text_width)
+    lines = misfits + ([f"+ {shown(name, _LONG)} is not understood" for name in report.unmatched] if strict else [])
+    ours = family_of_width(text_width)
     if (lines or not report.matched) and report.family not in (None, ours):
         return f"it is for {report.family}; this pipeline is {ours}"
-    wide = [f"{token} {list(t.shape)}" for token, t in found.tokens.items() if t.shape[-1] != text_width]
+    wide = [f"{shown(token)} {list(t.shape)}" for token, t in found.tokens.items() if t.shape[-1] != text_width]
     if wide:
         return f"its token {wide[0]} is for another model; this pipeline's prompt embeds are {text_width} wide"
     if lines:
-        shown = "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
-        return f"it does not fit this pipeline:\n{shown}"
+        listed = "\n".join(lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else []))
+        return f"it does not fit this pipeline:\n{listed}"
     return None if report.matched else "nothing in it changes a module of this pipeline"
 
 
 def _kind(change: Change) -> str:
-    return f"{lora_kinds.kind(change.roles)}{' with DoRA' if 'dora' in change.roles else ''}"
+    return f"{kind(change.roles)}{' with DoRA' if 'dora' in change.roles else ''}"
 
 
 def _token(name: str, tensor: Array) -> str | None:

@@ -14,6 +14,7 @@ LoHa: arXiv 2108.06098. LoKr, Tucker: arXiv 2309.14859. DoRA: arXiv 2402.09353.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from sdedit.adapters import arrays
@@ -57,6 +58,9 @@ def check(roles: Roles, shape: Shape) -> str | None:
         count = arrays.size(tensor)
         if not count or count > limit**2:
             return f"{name} is {list(tensor.shape)}, {'too large' if count else 'empty'}"
+    for name, rank in _inner_ranks(roles):
+        if rank > limit:  # no change has more than the shorter side, and no program writes more than the longer
+            return f"{name} is {list(roles[name].shape)}, of a rank above {limit}"
     if not _fits(roles, shape):
         return ", ".join(f"{name} is {list(tensor.shape)}" for name, tensor in roles.items())
     for name in ("diff_b", "up_bias"):
@@ -67,6 +71,15 @@ def check(roles: Roles, shape: Shape) -> str | None:
     if "dora" in roles and {"diff_b", "up_bias"} & set(roles):
         return "there is a bias beside the DoRA scale, which no known program writes"
     return None
+
+
+def _inner_ranks(roles: Roles) -> list[tuple[str, int]]:
+    """The ranks that are multiplied out, each with the tensor that says it: those of LoHa, LoKr and Tucker's cores.
+
+    Files of a few bytes may have large ones; a plain LoRA's are in proportion to its file.
+    """
+    found = [(n, int(t.shape[0])) for n, t in roles.items() if re.fullmatch(r"hada_w[12]_b|lokr_w[12]_b", n) and t.ndim]
+    return found + [(n, max(t.shape[:2])) for n, t in roles.items() if n in ("mid", "hada_t1", "hada_t2", "lokr_t2")]
 
 
 def _fits(roles: Roles, shape: Shape) -> bool:

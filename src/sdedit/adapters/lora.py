@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdedit.adapters import files as lora_files
-from sdedit.adapters import formats as lora_formats
-from sdedit.adapters import kinds as lora_kinds
-from sdedit.adapters.formats import LoadReport, Parsed
+from sdedit.adapters.files import DEFAULT_NAME, Source, read_adapter, write_adapter
+from sdedit.adapters.formats import LoadReport, Parsed, parse
+from sdedit.adapters.kinds import factors
 from sdedit.inputs import checks
 from sdedit.loading.folders import unwrapped
 from sdedit.loading.weights import read_weights
@@ -39,7 +38,7 @@ class LoraLoader:
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: lora_files.Source,
+        pretrained_model_name_or_path_or_dict: Source,
         adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
@@ -84,7 +83,7 @@ class LoraLoader:
         return replace(parsed.report, left_out=(*parsed.report.left_out, *kept_out))
 
     def is_lora_supported(
-        self, path: lora_files.Source, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+        self, path: Source, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
     ) -> LoadReport:
         """Would `load_lora_weights` load this? The report says, is true or false as such, and nothing is changed.
 
@@ -116,18 +115,18 @@ class LoraLoader:
 
     def _parse(
         self,
-        source: lora_files.Source,
+        source: Source,
         weight_name: str | None,
         subfolder: str | None,
         strict: bool,
         hub: dict[str, Any],
     ) -> Parsed:
-        file = lora_files.read_adapter(source, read_weights, weight_name, subfolder, **hub)
+        file = read_adapter(source, read_weights, weight_name, subfolder, **hub)
         shapes = {
             name: {part: weight.shape for part, weight in adapters.weights(model).items()}
             for name, model in self._lora_models().items()
         }
-        return lora_formats.parse(
+        return parse(
             file.state,
             shapes,
             source=file.source,
@@ -143,7 +142,7 @@ class LoraLoader:
         for name, change in parsed.changes[component].items():
             layer = layers[name]
             weight: Any = layer.weight
-            made[name] = lora_kinds.factors(change.roles, weight.shape, change.alpha, weight, change.rank)
+            made[name] = factors(change.roles, weight.shape, change.alpha, weight, change.rank)
             broken = not all(torch.isfinite(t).all() for t in change.roles.values())
             if broken or (made[name].bias is not None and layer.bias is None):
                 why = "holds NaN or infinity" if broken else "has a bias for a layer that has none"
@@ -192,11 +191,11 @@ class LoraLoader:
         """
         if not safe_serialization or save_function is not None:
             raise ValueError("safe_serialization=False and save_function would write pickles; expected safetensors")
-        name = weight_name or lora_files.DEFAULT_NAME
+        name = weight_name or DEFAULT_NAME
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"weight_name={name!r}; expected a file name that ends in .safetensors")
         if is_main_process:
-            lora_files.write_adapter(
+            write_adapter(
                 Path(save_directory) / name,
                 {"unet": unet_lora_layers, "text_encoder": text_encoder_lora_layers},
                 {"unet": unet_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata},

@@ -25,7 +25,7 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 # Names that only other models' adapters have.
 _FAMILIES = {
-    "Stable Diffusion XL": r"lora_te2_|text_encoder_2|add_embedding|label_emb|transformer_blocks[._][2-9]",
+    "Stable Diffusion XL": r"lora_te2_|text_encoder_2|clip_g\.|add_embedding|label_emb|transformer_blocks[._][2-9]",
     "Flux": r"single_transformer_blocks|double_blocks|single_blocks",
     "Stable Diffusion 3": r"joint_blocks|attn[._]add_q_proj|\btransformer\.transformer_blocks",
     "a video model": r"temporal_transformer|motion_modules",

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdedit.adapters import arrays, embedding_files
-from sdedit.adapters import files as lora_files
-from sdedit.adapters import formats as lora_formats
-from sdedit.adapters import kinds as lora_kinds
 from sdedit.adapters.embedding_files import EmbeddingReport
-from sdedit.adapters.formats import LoadReport
+from sdedit.adapters.files import Source, read_adapter
+from sdedit.adapters.formats import Change, LoadReport, parse
+from sdedit.adapters.kinds import factors
 from sdedit.flax import convert
 from sdedit.loading.headers import read_header
 
@@ -36,7 +35,7 @@ class FlaxAdapters:
     def load_lora_weights(
         self,
         params: Mapping[str, Any],
-        pretrained_model_name_or_path_or_dict: lora_files.Source,
+        pretrained_model_name_or_path_or_dict: Source,
         *,
         scale: float = 1.0,
         weight_name: str | None = None,
@@ -61,10 +60,10 @@ class FlaxAdapters:
             ValueError: It does not fit, or is for another kind of model.
             ImportError: It is a pickle, and torch is not there.
         """
-        file = lora_files.read_adapter(pretrained_model_name_or_path_or_dict, _read_file, weight_name, subfolder, **hub)
+        file = read_adapter(pretrained_model_name_or_path_or_dict, _read_file, weight_name, subfolder, **hub)
         leaves = {name: convert.flatten(params[name]) for name in _COMPONENTS}
         weights = {name: _modules(held) for name, held in leaves.items()}
-        parsed = lora_formats.parse(
+        parsed = parse(
             file.state,
             {
                 name: {part: _torch_shape(held[path]) for part, path in weights[name].items()}
@@ -154,12 +153,12 @@ def _torch_shape(leaf: Any) -> tuple[int, ...]:
     return {4: lambda s: (s[3], s[2], s[0], s[1]), 2: lambda s: s[::-1]}.get(leaf.ndim, lambda s: s)(tuple(leaf.shape))
 
 
-def _merge(leaves: Mapping[str, Any], path: str, change: lora_formats.Change, scale: float) -> dict[str, Any]:
+def _merge(leaves: Mapping[str, Any], path: str, change: Change, scale: float) -> dict[str, Any]:
     """The weight with the change in it, and the bias if that changes, by path; computed in float32."""
     held = leaves[path]
     own = np.asarray(held, dtype=np.float32)
     own = own.transpose(3, 2, 0, 1) if own.ndim == 4 else own.T
-    part = lora_kinds.factors(change.roles, own.shape, change.alpha, own, change.rank)
+    part = factors(change.roles, own.shape, change.alpha, own, change.rank)
     moved = own + scale * np.asarray(arrays.wide(part.delta()))
     if part.magnitude is not None:  # DoRA: rows of the length that was learned, arXiv 2402.09353
         lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))
